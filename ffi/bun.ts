@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MIT
+/** Bun's side of the FFI. The import is dynamic, so that bundles also load under Deno. @module */
+
+import type { Adapter, Native, NativeFunction } from "./symbols.ts";
+
+const { dlopen, toArrayBuffer } = await import("bun:ffi");
+
+const TYPE_NAMES = { u32: "u32", i32: "i32", f64: "f64", buffer: "ptr" } as const;
+
+export const adapter: Adapter = {
+  runtime: `Bun ${process.versions.bun}`,
+
+  rerunArguments() {
+    return import.meta.url.includes("/$bunfs/") ? [] : [process.argv[1]!];
+  },
+
+  load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table> {
+    const entries = Object.entries(table).map(([name, { args, result }]) => [
+      name,
+      { args: args.map((type) => TYPE_NAMES[type]), returns: TYPE_NAMES[result] },
+    ]);
+    return dlopen(path, Object.fromEntries(entries)).symbols as unknown as Native<Table>;
+  },
+
+  view(address, sizeBytes) {
+    return toArrayBuffer(address as Parameters<typeof toArrayBuffer>[0], 0, sizeBytes);
+  },
+};

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT
+/**
+ * The shim as core uses it: integers, typed arrays and views in, `>= 0` or `-errno` out.
+ *
+ * Picks the runtime once. Pointers never leave this folder: rings are handles, memory is an
+ * ArrayBuffer, files are descriptors. Layouts of the shared structs are those of
+ * shim/layout.zig (Command, Event, QueueConfig, ControlRequest).
+ * @module
+ */
+
+import { loadShim } from "./load.ts";
+import type { Adapter, Native } from "./symbols.ts";
+
+const { adapter }: { adapter: Adapter } = "Bun" in globalThis
+  ? await import("./bun.ts")
+  : await import("./deno.ts");
+
+/** Name and version of the runtime, such as "Bun 1.4.5". */
+export const runtime: string = adapter.runtime;
+
+/** Arguments that make process.execPath run this program again. */
+export const rerunArguments: () => string[] = adapter.rerunArguments;
+
+/** Values of a command's first word. */
+export const COMMAND_FETCH = 0;
+export const COMMAND_COMMIT = 1;
+export const COMMAND_READ = 2;
+export const COMMAND_WRITE = 3;
+export const COMMAND_FSYNC = 4;
+export const COMMAND_FALLOCATE = 5;
+export const COMMAND_WAKE = 6;
+
+/** Values of an event's first word: an io command, a file operation, the wake-up read. */
+export const EVENT_REQUEST = 0;
+export const EVENT_FILE = 1;
+export const EVENT_WAKE = 2;
+
+/** Commands and events are 32 bytes: 8 u32 words, or 4 f64. */
+export const RECORD_BYTES = 32;
+
+/** Size of a control command's payload area, in bytes, and how many there are. */
+export const PAYLOAD_BYTES = 8192;
+export const PAYLOAD_COUNT = 16;
+
+export interface QueueConfig {
+  /** Descriptor of the character device; -1 makes a queue without a driver, for tests. */
+  charFd: number;
+  /** An eventfd of ubd_eventfd(). */
+  wakeFd: number;
+  queueId: number;
+  /** Number of tags. */
+  depth: number;
+  /** Bytes of buffer for each tag, a multiple of 4096. */
+  ioBytesMax: number;
+  fetchOpcode: number;
+  commitOpcode: number;
+  /** The queue's ring needs 128-byte SQEs. */
+  sqe128: boolean;
+  /** Where the queue's io descriptors are mapped from, in bytes, and how much is mapped. */
+  descriptorOffset: number;
+  descriptorBytes: number;
+}
+
+export interface QueueMemory {
+  readonly handle: number;
+  /** depth + 1 records each. */
+  readonly commands: ArrayBuffer;
+  readonly events: ArrayBuffer;
+  /** depth x ioBytesMax: the data of tag t starts at t x ioBytesMax. */
+  readonly buffers: ArrayBuffer;
+  readonly descriptors: ArrayBuffer;
+}
+
+export interface ControlRequest {
+  controlFd: number;
+  opcode: number;
+  /** 0xffffffff: the kernel chooses. */
+  deviceId: number;
+  /** 0xffff: the command is not for a queue. */
+  queueId: number;
+  payload: number;
+  payloadBytes: number;
+  /** Length of the character device's path in front of the payload, NUL included. */
+  pathBytes: number;
+  data: bigint;
+}
+
+/** The loaded shim. One object for each thread; the mapping behind them is shared. */
+export class Shim {
+  /** Give it to `new Shim(path)` in another thread of this process. */
+  readonly path: string;
+  readonly native: Native;
+
+  constructor(path?: string) {
+    const loaded = loadShim(adapter, path);
+    this.path = loaded.path;
+    this.native = loaded.native;
+  }
+
+  /** @returns the queue's memory, or -errno. It is valid until queueExit. */
+  queueInit(config: QueueConfig): QueueMemory | number {
+    const bytes = new ArrayBuffer(64);
+    const words = new Int32Array(bytes);
+    words.set([config.charFd, config.wakeFd, config.queueId, config.depth, config.ioBytesMax]);
+    words[5] = config.fetchOpcode;
+    words[6] = config.commitOpcode;
+    words[7] = config.sqe128 ? 1 : 0;
+    words[8] = config.descriptorBytes;
+    new Float64Array(bytes)[5] = config.descriptorOffset;
+    const handle = this.native.ubd_queue_init(words);
+    if (handle < 0) return handle;
+
+    const region = (index: number, sizeBytes: number) =>
+      adapter.view(this.native.ubd_queue_address(handle, index), sizeBytes);
+    return {
+      handle,
+      commands: region(0, (config.depth + 1) * RECORD_BYTES),
+      events: region(1, (config.depth + 1) * RECORD_BYTES),
+      buffers: region(2, config.depth * config.ioBytesMax),
+      descriptors: region(3, config.descriptorBytes),
+    };
+  }
+
+  /** @returns the ring's handle and its payload areas, or -errno. */
+  controlInit(): { handle: number; payloads: ArrayBuffer } | number {
+    const handle = this.native.ubd_control_init();
+    if (handle < 0) return handle;
+    const address = this.native.ubd_control_address(handle);
+    return { handle, payloads: adapter.view(address, PAYLOAD_BYTES * PAYLOAD_COUNT) };
+  }
+
+  controlSubmit(handle: number, request: ControlRequest): number {
+    const words = new BigInt64Array(5);
+    const fields = new Int32Array(words.buffer);
+    fields.set([request.controlFd, request.opcode, request.deviceId, request.queueId]);
+    fields.set([request.payload, request.payloadBytes, request.pathBytes], 4);
+    words[4] = request.data;
+    return this.native.ubd_control_submit(handle, words);
+  }
+
+  /** @param flags O_* of open(2). @returns a descriptor, or -errno. */
+  open(path: string, flags: number): number {
+    return this.native.ubd_open(new TextEncoder().encode(`${path}\0`), flags);
+  }
+
+  /** The shim's struct sizes and offsets: lines "struct SIZE" and "struct.field OFFSET". */
+  layout(): string {
+    const bytes = new Uint8Array(16384);
+    const length = this.native.ubd_layout(bytes, bytes.length);
+    return new TextDecoder().decode(bytes.subarray(0, length));
+  }
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+/**
+ * The one symbol table: what shim/shim.zig exports, in types neutral to the runtimes.
+ *
+ * Only `u32`, `i32` and `f64` cross on the data path, because 64-bit integers cost a BigInt or a
+ * slow path. `buffer` is a typed array whose memory the shim uses during the call only.
+ * @module
+ */
+
+export type NativeType = "u32" | "i32" | "f64" | "buffer";
+
+export interface NativeFunction {
+  readonly args: readonly NativeType[];
+  readonly result: Exclude<NativeType, "buffer">;
+}
+
+export const SYMBOLS = {
+  ubd_version: { args: [], result: "i32" },
+  ubd_layout: { args: ["buffer", "u32"], result: "i32" },
+  ubd_queue_init: { args: ["buffer"], result: "i32" },
+  ubd_queue_address: { args: ["u32", "u32"], result: "f64" },
+  ubd_step: { args: ["u32", "u32", "u32"], result: "i32" },
+  ubd_queue_exit: { args: ["u32"], result: "i32" },
+  ubd_control_init: { args: [], result: "i32" },
+  ubd_control_address: { args: ["u32"], result: "f64" },
+  ubd_control_submit: { args: ["u32", "buffer"], result: "i32" },
+  ubd_control_reap: { args: ["u32", "buffer"], result: "i32" },
+  ubd_control_exit: { args: ["u32"], result: "i32" },
+  ubd_open: { args: ["buffer", "u32"], result: "i32" },
+  ubd_close: { args: ["i32"], result: "i32" },
+  ubd_flock: { args: ["i32", "u32"], result: "i32" },
+  ubd_fdatasync: { args: ["i32"], result: "i32" },
+  ubd_fallocate: { args: ["i32", "u32", "f64", "f64"], result: "i32" },
+  ubd_probe_read: { args: ["i32", "u32", "f64"], result: "i32" },
+  ubd_statx: { args: ["i32", "u32", "buffer"], result: "i32" },
+  ubd_ioctl: { args: ["i32", "u32", "buffer"], result: "i32" },
+  ubd_eventfd: { args: [], result: "i32" },
+  ubd_wake: { args: ["i32"], result: "i32" },
+  ubd_gettid: { args: [], result: "i32" },
+} as const satisfies Record<string, NativeFunction>;
+
+type Crossing<T extends NativeType> = T extends "buffer" ? ArrayBufferView<ArrayBuffer> : number;
+
+type Arguments<T extends readonly NativeType[]> = {
+  -readonly [I in keyof T]: Crossing<T[I]>;
+};
+
+/** The table's functions as TypeScript calls them. */
+export type Native<Table extends Record<string, NativeFunction> = typeof SYMBOLS> = {
+  readonly [Name in keyof Table]: (...args: Arguments<Table[Name]["args"]>) => number;
+};
+
+/** What each runtime's adapter exports: all that differs between them. */
+export interface Adapter {
+  /** Name and version, for `ubd version`. */
+  readonly runtime: string;
+  /** What to put behind process.execPath to start this program again; empty when compiled. */
+  rerunArguments(): string[];
+  /** Loads a shared library. Throws the runtime's own error when it cannot. */
+  load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table>;
+  /** A view of native memory, no copy. The caller knows how long the memory lives. */
+  view(address: number, sizeBytes: number): ArrayBuffer;
+}

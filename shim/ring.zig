@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: MIT
+//! The rings. A queue's ring carries io commands (FETCH, COMMIT_AND_FETCH) on /dev/ublkcN and
+//! the file operations of its target; the control ring carries control commands. liburing sets
+//! rings up, submits and waits; this file fills SQEs and drains CQEs.
+//!
+//! Invariants: a tag has at most one SQE in flight, so a queue never has more than depth + 1
+//! (the wake-up read) completions pending and its CQ cannot overflow. A queue is used by one
+//! thread from init to exit (the kernel binds tags and SINGLE_ISSUER rings to it).
+
+const layout = @import("layout.zig");
+const sys = @import("sys.zig");
+
+const Ring = layout.Ring;
+
+extern fn io_uring_queue_init_params(entries: c_uint, ring: *Ring, params: *layout.Params) c_int;
+extern fn io_uring_queue_exit(ring: *Ring) void;
+extern fn io_uring_submit(ring: *Ring) c_int;
+extern fn io_uring_submit_and_wait(ring: *Ring, wait_nr: c_uint) c_int;
+extern fn io_uring_get_events(ring: *Ring) c_int;
+extern fn io_uring_submit_and_get_events(ring: *Ring) c_int;
+extern fn io_uring_register_ring_fd(ring: *Ring) c_int;
+
+const setup_cqsize: u32 = 1 << 3;
+const setup_coop_taskrun: u32 = 1 << 8;
+const setup_taskrun_flag: u32 = 1 << 9;
+const setup_sqe128: u32 = 1 << 10;
+const setup_single_issuer: u32 = 1 << 12;
+const setup_defer_taskrun: u32 = 1 << 13;
+
+const op_nop = 0;
+const op_fsync = 3;
+const op_fallocate = 17;
+const op_read = 22;
+const op_write = 23;
+const op_uring_cmd = 46;
+
+/// Values of Command.op; ffi/mod.ts names the same ones.
+pub const command_fetch = 0;
+pub const command_commit = 1;
+pub const command_read = 2;
+pub const command_write = 3;
+pub const command_fsync = 4;
+pub const command_fallocate = 5;
+pub const command_wake = 6;
+
+/// Values of Event.kind.
+pub const event_request = 0;
+pub const event_file = 1;
+pub const event_wake = 2;
+
+pub const depth_max = 4096;
+const page = 4096;
+
+pub const Queue = struct {
+    ring: Ring,
+    config: layout.QueueConfig,
+    sqe_bytes: u32,
+    /// One private mapping: this struct, then commands, then events.
+    mapping: usize,
+    mapping_bytes: usize,
+    commands: [*]layout.Command,
+    events: [*]layout.Event,
+    capacity: u32,
+    descs: [*]volatile layout.IoDesc,
+    descs_bytes: usize,
+    buffers: usize,
+    buffers_bytes: usize,
+    /// Landing place of the wake-up read; its value has no meaning.
+    wake_count: u64,
+};
+
+pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
+    if (config.depth == 0 or config.depth > depth_max) return -sys.EINVAL;
+    if (config.io_bytes_max < page or config.io_bytes_max % page != 0) return -sys.EINVAL;
+    if (config.desc_bytes < config.depth * @sizeOf(layout.IoDesc)) return -sys.EINVAL;
+    if (config.desc_bytes % page != 0 or config.wake_fd < 0) return -sys.EINVAL;
+
+    const capacity = config.depth + 1;
+    const head = sys.roundUp(@sizeOf(Queue), 64);
+    const bytes = sys.roundUp(head + capacity * (@sizeOf(layout.Command) + @sizeOf(layout.Event)), page);
+    const base = sys.mapMemory(bytes) catch return -sys.ENOMEM;
+    const queue: *Queue = @ptrFromInt(base);
+    queue.config = config.*;
+    queue.mapping = base;
+    queue.mapping_bytes = bytes;
+    queue.capacity = capacity;
+    queue.commands = @ptrFromInt(base + head);
+    queue.events = @ptrFromInt(base + head + capacity * @sizeOf(layout.Command));
+    queue.sqe_bytes = if (config.sqe128 != 0) 128 else 64;
+
+    const result = queueAcquire(queue);
+    if (result < 0) {
+        queueRelease(queue);
+        return result;
+    }
+    out.* = queue;
+    return 0;
+}
+
+/// On failure the caller releases what exists: zero marks what does not.
+fn queueAcquire(queue: *Queue) i32 {
+    const config = &queue.config;
+    queue.descs_bytes = config.desc_bytes;
+    const descs = if (config.char_fd < 0)
+        sys.mapMemory(config.desc_bytes) catch return -sys.ENOMEM
+    else
+        sys.mapFile(config.char_fd, config.desc_bytes, sys.fileOffset(config.desc_offset) orelse return -sys.EINVAL) catch |e| return sys.errnoOf(e);
+    queue.descs = @ptrFromInt(descs);
+
+    queue.buffers_bytes = @as(usize, config.depth) * config.io_bytes_max;
+    queue.buffers = sys.mapMemory(queue.buffers_bytes) catch return -sys.ENOMEM;
+
+    return ringInit(&queue.ring, config.depth, config.sqe128 != 0);
+}
+
+/// The kernel's cheapest way to run completions first (6.1), then what older kernels have.
+fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
+    const variants = [_]u32{
+        setup_single_issuer | setup_defer_taskrun | setup_taskrun_flag,
+        setup_coop_taskrun | setup_taskrun_flag,
+        0,
+    };
+    var result: i32 = 0;
+    for (variants) |flags| {
+        var params: layout.Params = undefined;
+        sys.zero(@ptrCast(&params), @sizeOf(layout.Params));
+        params.flags = flags | setup_cqsize | if (sqe128) setup_sqe128 else 0;
+        params.cq_entries = 2 * sys.powerOfTwo(entries + 1);
+        result = io_uring_queue_init_params(sys.powerOfTwo(entries + 1), ring, &params);
+        if (result != -sys.EINVAL) break;
+    }
+    if (result < 0) {
+        ring.ring_fd = 0;
+        return result;
+    }
+    // Saves a file look-up on each enter; a kernel before 5.18 refuses and nothing is lost.
+    _ = io_uring_register_ring_fd(ring);
+    return 0;
+}
+
+fn queueRelease(queue: *Queue) void {
+    if (queue.ring.ring_fd > 0) io_uring_queue_exit(&queue.ring);
+    if (queue.buffers != 0) sys.unmap(queue.buffers, queue.buffers_bytes);
+    if (@intFromPtr(queue.descs) != 0) sys.unmap(@intFromPtr(queue.descs), queue.descs_bytes);
+    sys.unmap(queue.mapping, queue.mapping_bytes);
+}
+
+pub fn queueExit(queue: *Queue) void {
+    queueRelease(queue);
+}
+
+fn nextSqe(ring: *Ring, sqe_bytes: u32) ?*layout.Sqe {
+    const head = @atomicLoad(u32, ring.sq.khead, .acquire);
+    if (ring.sq.sqe_tail -% head >= ring.sq.ring_entries) return null;
+    const index = ring.sq.sqe_tail & ring.sq.ring_mask;
+    ring.sq.sqe_tail +%= 1;
+    const at = ring.sq.sqes + @as(usize, index) * sqe_bytes;
+    sys.zero(at, sqe_bytes);
+    return @ptrCast(@alignCast(at));
+}
+
+/// Packs `count` commands, enters the kernel once, and drains completions into the event array.
+/// With `wait` it blocks until there is at least one; no events is a normal result (a signal,
+/// or task work that completed nothing). Returns the number of events or -errno.
+pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
+    if (count > queue.capacity) return -sys.EINVAL;
+    for (queue.commands[0..count]) |*command| {
+        const sqe = nextSqe(&queue.ring, queue.sqe_bytes) orelse return -sys.EBUSY;
+        const result = pack(queue, command, sqe);
+        if (result < 0) return result;
+    }
+    const ready = pending(&queue.ring) > 0;
+    if (count > 0 or !ready) {
+        const result = if (wait and !ready)
+            io_uring_submit_and_wait(&queue.ring, 1)
+        else
+            io_uring_submit_and_get_events(&queue.ring);
+        // A signal, or completions to be drained before the kernel takes more.
+        if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN and result != -sys.EBUSY) {
+            return result;
+        }
+    }
+    return drain(queue);
+}
+
+fn pending(ring: *Ring) u32 {
+    return @atomicLoad(u32, ring.cq.ktail, .acquire) -% ring.cq.khead.*;
+}
+
+fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
+    if (command.op == command_wake) {
+        sqe.opcode = op_read;
+        sqe.fd = queue.config.wake_fd;
+        sqe.addr = @intFromPtr(&queue.wake_count);
+        sqe.len = 8;
+        sqe.user_data = command_wake << 16;
+        return 0;
+    }
+    if (command.tag >= queue.config.depth) return -sys.EINVAL;
+    sqe.user_data = command.tag | command.op << 16;
+    const buffer = queue.buffers + @as(usize, command.tag) * queue.config.io_bytes_max;
+    switch (command.op) {
+        command_fetch, command_commit => {
+            if (queue.config.char_fd < 0) {
+                sqe.opcode = op_nop;
+                return 0;
+            }
+            sqe.opcode = op_uring_cmd;
+            sqe.fd = queue.config.char_fd;
+            sqe.off = if (command.op == command_fetch) queue.config.fetch_op else queue.config.commit_op;
+            const io: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
+            io.* = .{
+                .q_id = @intCast(queue.config.queue_id),
+                .tag = @intCast(command.tag),
+                .result = command.value,
+                .addr = buffer,
+            };
+        },
+        command_read, command_write => {
+            const io = command.extent.io;
+            if (@as(u64, io.len) + io.buffer_offset > queue.config.io_bytes_max) return -sys.EINVAL;
+            sqe.opcode = if (command.op == command_read) op_read else op_write;
+            sqe.fd = command.value;
+            sqe.off = sys.fileOffset(command.offset) orelse return -sys.EINVAL;
+            sqe.addr = buffer + io.buffer_offset;
+            sqe.len = io.len;
+            sqe.op_flags = command.flags;
+        },
+        command_fsync => {
+            sqe.opcode = op_fsync;
+            sqe.fd = command.value;
+            sqe.op_flags = command.flags;
+        },
+        command_fallocate => {
+            sqe.opcode = op_fallocate;
+            sqe.fd = command.value;
+            sqe.off = sys.fileOffset(command.offset) orelse return -sys.EINVAL;
+            sqe.addr = sys.fileOffset(command.extent.length) orelse return -sys.EINVAL;
+            sqe.len = command.flags;
+        },
+        else => return -sys.EINVAL,
+    }
+    return 0;
+}
+
+fn drain(queue: *Queue) i32 {
+    const ring = &queue.ring;
+    const head = ring.cq.khead.*;
+    const count = @min(pending(ring), queue.capacity);
+    for (0..count) |i| {
+        const cqe = ring.cq.cqes[(head +% @as(u32, @intCast(i))) & ring.cq.ring_mask];
+        const tag: u32 = @intCast(cqe.user_data & 0xffff);
+        const event = &queue.events[i];
+        event.tag = tag;
+        event.result = cqe.res;
+        switch (@as(u32, @intCast(cqe.user_data >> 16))) {
+            command_fetch, command_commit => {
+                const desc = &queue.descs[tag];
+                event.kind = event_request;
+                event.op_flags = desc.op_flags;
+                event.nr_sectors = desc.nr_sectors;
+                event.start_sector = @floatFromInt(desc.start_sector);
+            },
+            command_wake => event.kind = event_wake,
+            else => event.kind = event_file,
+        }
+    }
+    @atomicStore(u32, ring.cq.khead, head +% count, .release);
+    return @intCast(count);
+}
+
+pub const payload_bytes = 8192;
+pub const payload_count = 16;
+
+pub const Control = struct { ring: Ring, payloads: [payload_count * payload_bytes]u8 align(page) };
+
+pub fn controlInit(out: **Control) i32 {
+    const base = sys.mapMemory(@sizeOf(Control)) catch return -sys.ENOMEM;
+    const control: *Control = @ptrFromInt(base);
+    var params: layout.Params = undefined;
+    sys.zero(@ptrCast(&params), @sizeOf(layout.Params));
+    params.flags = setup_sqe128;
+    const result = io_uring_queue_init_params(2 * payload_count, &control.ring, &params);
+    if (result < 0) {
+        sys.unmap(base, @sizeOf(Control));
+        return result;
+    }
+    out.* = control;
+    return 0;
+}
+
+pub fn controlExit(control: *Control) void {
+    io_uring_queue_exit(&control.ring);
+    sys.unmap(@intFromPtr(control), @sizeOf(Control));
+}
+
+pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i32 {
+    if (request.payload >= payload_count or request.payload_len > payload_bytes) return -sys.EINVAL;
+    if (request.dev_path_len > request.payload_len or request.queue_id > 0xffff) return -sys.EINVAL;
+    const sqe = nextSqe(&control.ring, 128) orelse return -sys.EBUSY;
+    sqe.opcode = op_uring_cmd;
+    sqe.fd = request.control_fd;
+    sqe.off = request.opcode;
+    sqe.user_data = request.payload;
+    const payload: usize = @intFromPtr(&control.payloads) + request.payload * payload_bytes;
+    const cmd: *layout.CtrlCmd = @ptrCast(@alignCast(&sqe.cmd));
+    cmd.* = .{
+        .dev_id = request.device_id,
+        .queue_id = @intCast(request.queue_id),
+        .len = @intCast(request.payload_len),
+        .addr = if (request.payload_len > 0) payload else 0,
+        .data = request.data,
+        .dev_path_len = @intCast(request.dev_path_len),
+        .pad = 0,
+        .reserved = 0,
+    };
+    const result = io_uring_submit(&control.ring);
+    return if (result < 0) result else 0;
+}
+
+/// Takes one completion: out[0] = payload number, out[1] = result. Returns 1, or 0 when none is
+/// ready. Entering the kernel lets it run the completions of commands it had put off.
+pub fn controlReap(control: *Control, out: *[2]i32) i32 {
+    const ring = &control.ring;
+    if (pending(ring) == 0) {
+        const result = io_uring_get_events(ring);
+        if (result < 0 and result != -sys.EINTR) return result;
+        if (pending(ring) == 0) return 0;
+    }
+    const head = ring.cq.khead.*;
+    const cqe = ring.cq.cqes[head & ring.cq.ring_mask];
+    out[0] = @intCast(cqe.user_data);
+    out[1] = cqe.res;
+    @atomicStore(u32, ring.cq.khead, head +% 1, .release);
+    return 1;
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: MIT
+//! Every symbol that TypeScript calls (ffi/symbols.ts is the other half). Each checks its
+//! arguments, calls, and returns >= 0 or -errno. Rings are named by small handles, because a
+//! u32 crosses both FFIs at full speed and a stale one is refused, where a pointer would not be.
+
+const std = @import("std");
+const linux = std.os.linux;
+const layout = @import("layout.zig");
+const ring = @import("ring.zig");
+const sys = @import("sys.zig");
+
+/// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
+const shim_version = 1;
+
+const handles_max = 1024;
+var queues: [handles_max]?*ring.Queue = @splat(null);
+var controls: [handles_max]?*ring.Control = @splat(null);
+
+/// Threads share the table (one mapping of this library per process): slots are claimed by CAS.
+fn claim(comptime T: type, table: *[handles_max]?*T, object: *T) i32 {
+    for (table, 0..) |*slot, index| {
+        if (@cmpxchgStrong(?*T, slot, null, object, .acq_rel, .monotonic) == null) return @intCast(index);
+    }
+    return -sys.ENFILE;
+}
+
+fn lookUp(comptime T: type, table: *[handles_max]?*T, handle: u32) ?*T {
+    if (handle >= handles_max) return null;
+    return @atomicLoad(?*T, &table[handle], .acquire);
+}
+
+fn release(comptime T: type, table: *[handles_max]?*T, handle: u32) ?*T {
+    if (handle >= handles_max) return null;
+    return @atomicRmw(?*T, &table[handle], .Xchg, null, .acq_rel);
+}
+
+export fn ubd_version() i32 {
+    return shim_version;
+}
+
+/// Writes layout.table to `out`; returns its length, also when `bytes` is too small for it.
+export fn ubd_layout(out: ?[*]u8, bytes: u32) i32 {
+    const to = out orelse return -sys.EINVAL;
+    for (layout.table[0..@min(bytes, layout.table.len)], 0..) |byte, i| to[i] = byte;
+    return layout.table.len;
+}
+
+/// Sets up a queue's ring and memory on the calling thread. Returns its handle.
+export fn ubd_queue_init(config: ?*const layout.QueueConfig) i32 {
+    const checked = config orelse return -sys.EINVAL;
+    var queue: *ring.Queue = undefined;
+    const result = ring.queueInit(checked, &queue);
+    if (result < 0) return result;
+    const handle = claim(ring.Queue, &queues, queue);
+    if (handle < 0) ring.queueExit(queue);
+    return handle;
+}
+
+/// Address of a region of the queue: 0 commands, 1 events, 2 io buffers, 3 io descriptors.
+/// -1 for an unknown handle or region. It is valid until ubd_queue_exit.
+export fn ubd_queue_address(handle: u32, region: u32) f64 {
+    const queue = lookUp(ring.Queue, &queues, handle) orelse return -1;
+    const address: usize = switch (region) {
+        0 => @intFromPtr(queue.commands),
+        1 => @intFromPtr(queue.events),
+        2 => queue.buffers,
+        3 => @intFromPtr(queue.descs),
+        else => return -1,
+    };
+    return @floatFromInt(address);
+}
+
+/// The whole data path: packs `count` commands, submits, waits when `wait` is not 0, drains.
+/// Returns the number of events.
+export fn ubd_step(handle: u32, count: u32, wait: u32) i32 {
+    const queue = lookUp(ring.Queue, &queues, handle) orelse return -sys.EBADF;
+    return ring.step(queue, count, wait != 0);
+}
+
+export fn ubd_queue_exit(handle: u32) i32 {
+    ring.queueExit(release(ring.Queue, &queues, handle) orelse return -sys.EBADF);
+    return 0;
+}
+
+export fn ubd_control_init() i32 {
+    var control: *ring.Control = undefined;
+    const result = ring.controlInit(&control);
+    if (result < 0) return result;
+    const handle = claim(ring.Control, &controls, control);
+    if (handle < 0) ring.controlExit(control);
+    return handle;
+}
+
+/// Address of the payload areas: 16 of 8192 bytes each. -1 for an unknown handle.
+export fn ubd_control_address(handle: u32) f64 {
+    const control = lookUp(ring.Control, &controls, handle) orelse return -1;
+    return @floatFromInt(@intFromPtr(&control.payloads));
+}
+
+export fn ubd_control_submit(handle: u32, request: ?*const layout.ControlRequest) i32 {
+    const control = lookUp(ring.Control, &controls, handle) orelse return -sys.EBADF;
+    return ring.controlSubmit(control, request orelse return -sys.EINVAL);
+}
+
+export fn ubd_control_reap(handle: u32, out: ?*[2]i32) i32 {
+    const control = lookUp(ring.Control, &controls, handle) orelse return -sys.EBADF;
+    return ring.controlReap(control, out orelse return -sys.EINVAL);
+}
+
+export fn ubd_control_exit(handle: u32) i32 {
+    ring.controlExit(release(ring.Control, &controls, handle) orelse return -sys.EBADF);
+    return 0;
+}
+
+fn word(value: i32) usize {
+    return @bitCast(@as(isize, value));
+}
+
+/// open(2), always with O_CLOEXEC. node:fs cannot: Deno hides file descriptors.
+export fn ubd_open(path: ?[*:0]const u8, flags: u32) i32 {
+    const at_fdcwd = -100;
+    const cloexec = 0o2000000;
+    const checked = path orelse return -sys.EINVAL;
+    return sys.call(.openat, .{ word(at_fdcwd), @intFromPtr(checked), flags | cloexec, 0, 0, 0 });
+}
+
+export fn ubd_close(fd: i32) i32 {
+    return sys.call(.close, .{ word(fd), 0, 0, 0, 0, 0 });
+}
+
+/// flock(2): the lock belongs to the open file, so it ends with the server, however it ends.
+export fn ubd_flock(fd: i32, operation: u32) i32 {
+    return sys.call(.flock, .{ word(fd), operation, 0, 0, 0, 0 });
+}
+
+export fn ubd_fdatasync(fd: i32) i32 {
+    return sys.call(.fdatasync, .{ word(fd), 0, 0, 0, 0, 0 });
+}
+
+export fn ubd_fallocate(fd: i32, mode: u32, offset: f64, length: f64) i32 {
+    const from = sys.fileOffset(offset) orelse return -sys.EINVAL;
+    const bytes = sys.fileOffset(length) orelse return -sys.EINVAL;
+    return sys.call(.fallocate, .{ word(fd), mode, from, bytes, 0, 0 });
+}
+
+/// Reads `bytes` at `offset` into a page-aligned scratch page and forgets them: whether the file
+/// can be read there, and so whether O_DIRECT bears this size and alignment.
+export fn ubd_probe_read(fd: i32, bytes: u32, offset: f64) i32 {
+    var scratch: [4096]u8 align(4096) = undefined;
+    const from = sys.fileOffset(offset) orelse return -sys.EINVAL;
+    if (bytes > scratch.len) return -sys.EINVAL;
+    return sys.call(.pread64, .{ word(fd), @intFromPtr(&scratch), bytes, from, 0, 0 });
+}
+
+/// statx(2) of an open file; `out` holds the 256 bytes of struct statx.
+export fn ubd_statx(fd: i32, mask: u32, out: ?*[256]u8) i32 {
+    const at_empty_path = 0x1000;
+    const empty: [*:0]const u8 = "";
+    const checked = out orelse return -sys.EINVAL;
+    return sys.call(.statx, .{ word(fd), @intFromPtr(empty), at_empty_path, mask, @intFromPtr(checked), 0 });
+}
+
+/// ioctl(2) whose argument is a pointer to `out`, 8 bytes.
+export fn ubd_ioctl(fd: i32, request: u32, out: ?*[8]u8) i32 {
+    const checked = out orelse return -sys.EINVAL;
+    return sys.call(.ioctl, .{ word(fd), request, @intFromPtr(checked), 0, 0, 0 });
+}
+
+/// An eventfd that wakes a queue thread out of ubd_step.
+export fn ubd_eventfd() i32 {
+    const cloexec = 0o2000000;
+    return sys.call(.eventfd2, .{ 0, cloexec, 0, 0, 0, 0 });
+}
+
+export fn ubd_wake(fd: i32) i32 {
+    var one: u64 = 1;
+    return sys.call(.write, .{ word(fd), @intFromPtr(&one), 8, 0, 0, 0 });
+}
+
+export fn ubd_gettid() i32 {
+    return sys.call(.gettid, .{ 0, 0, 0, 0, 0, 0 });
+}
