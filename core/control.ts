@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: MIT
+/**
+ * Control commands, one method each, on the driver's control device.
+ *
+ * Commands are submitted to a ring of their own and awaited without blocking the thread: START_DEV
+ * ends only when the queues serve, STOP_DEV only when they have drained, and both need this
+ * thread alive. Each command has a deadline. A command that misses it stays in flight; its
+ * payload area is kept for it, since the kernel may still write there.
+ *
+ * ioctl-encoded opcodes first; a kernel before 6.4 answers them with an error and gets the legacy
+ * ones from then on. Which dialect is spoken is asked of abi/dialect.ts.
+ * @module
+ */
+
+import { existsSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+import {
+  chooseDialect,
+  type ControlCommand,
+  DEV_ID_AUTO,
+  type DeviceInfo,
+  type Dialect,
+  QUEUE_ID_NONE,
+} from "../abi/dialect.ts";
+import { ERRNO } from "../abi/errno.ts";
+import { UBLK_PARAMS } from "../abi/ublk_cmd.ts";
+import { pack, unpack, type Unpacked, type Values } from "../abi/struct.ts";
+import { PAYLOAD_BYTES, PAYLOAD_COUNT, Shim } from "../ffi/mod.ts";
+import { UblkError } from "./error.ts";
+
+const O_RDWR = 2;
+
+/** No device answers to this id: 2^20 ids exist. */
+const ID_NONE = 0xffff_fffe;
+
+/** How long a command may take, in milliseconds. Stopping waits for I/O in flight. */
+const DEADLINE_MS: Partial<Record<ControlCommand, number>> = {
+  START_DEV: 60_000,
+  STOP_DEV: 60_000,
+  DEL_DEV: 30_000,
+};
+const DEADLINE_DEFAULT_MS = 15_000;
+
+interface CommandOptions {
+  deviceId?: number;
+  queueId?: number;
+  /** In: what the kernel reads. Its length is also how much may be answered. */
+  payload?: Uint8Array;
+  /** Path of the character device, for the permission check on unprivileged devices. */
+  path?: string;
+  /** The command's inline data. */
+  data?: number;
+  deadlineMs?: number;
+}
+
+export class Control implements Disposable {
+  readonly dialect: Dialect;
+  readonly shim: Shim;
+  readonly #fd: number;
+  readonly #handle: number;
+  readonly #payloads: Uint8Array;
+  readonly #freePayloads = Array.from({ length: PAYLOAD_COUNT }, (_, index) => index);
+  readonly #waiting = new Map<number, (result: number) => void>();
+  #ioctlEncoded = true;
+  #features: bigint | undefined;
+
+  private constructor(shim: Shim, dialect: Dialect) {
+    this.shim = shim;
+    this.dialect = dialect;
+    this.#fd = shim.open(dialect.controlPath, O_RDWR);
+    if (this.#fd < 0) {
+      throw UblkError.from(this.#fd, "open the control device", {
+        cause: new Error(dialect.controlPath),
+      });
+    }
+    const ring = shim.controlInit();
+    if (typeof ring === "number") {
+      shim.native.ubd_close(this.#fd);
+      throw UblkError.from(ring, "set up a ring");
+    }
+    this.#handle = ring.handle;
+    this.#payloads = new Uint8Array(ring.payloads);
+  }
+
+  /**
+   * Opens the control device and finds out how the running kernel wants its commands.
+   *
+   * @throws {UblkError} ENOENT: no driver; EACCES: no permission; EPERM: no io_uring.
+   */
+  static async open(): Promise<Control> {
+    const control = new Control(new Shim(), chooseDialect(existsSync));
+    try {
+      await control.#probeEncoding();
+      return control;
+    } catch (error) {
+      control[Symbol.dispose]();
+      throw error;
+    }
+  }
+
+  [Symbol.dispose](): void {
+    this.shim.native.ubd_control_exit(this.#handle);
+    this.shim.native.ubd_close(this.#fd);
+  }
+
+  /** GET_FEATURES says most; a kernel without it is asked for a device that cannot exist. */
+  async #probeEncoding(): Promise<void> {
+    if (!this.dialect.hasCommand("GET_FEATURES")) {
+      this.#ioctlEncoded = false;
+      return;
+    }
+    const payload = new Uint8Array(8);
+    const result = await this.#run("GET_FEATURES", { payload });
+    if (result === 0) {
+      this.#features = new DataView(payload.buffer).getBigUint64(0, true);
+      return;
+    }
+    const probe = { deviceId: ID_NONE, payload: new Uint8Array(this.dialect.infoSize) };
+    const answer = await this.#run("GET_DEV_INFO", probe);
+    this.#ioctlEncoded = answer === -ERRNO.ENODEV;
+  }
+
+  /** Bits of UBLK_F_*; undefined where the kernel (before 6.5) cannot say. */
+  get features(): bigint | undefined {
+    return this.#features;
+  }
+
+  /** Whether opcodes are ioctl-encoded: the queues' io commands must agree. */
+  get ioctlEncoded(): boolean {
+    return this.#ioctlEncoded;
+  }
+
+  /** Makes /dev/ublkcN. @returns what the kernel made of the request: it may lower values. */
+  async addDevice(request: Parameters<Dialect["packInfo"]>[0]): Promise<DeviceInfo> {
+    const payload = this.dialect.packInfo(request);
+    const deviceId = request.id < 0 ? DEV_ID_AUTO : request.id;
+    await this.#command("ADD_DEV", { deviceId, payload });
+    return this.dialect.unpackInfo(payload);
+  }
+
+  async setParams(deviceId: number, params: Values<typeof UBLK_PARAMS>): Promise<void> {
+    const payload = pack(UBLK_PARAMS, { ...params, len: UBLK_PARAMS.size });
+    await this.#command("SET_PARAMS", { deviceId, payload });
+  }
+
+  async getParams(deviceId: number): Promise<Unpacked<typeof UBLK_PARAMS>> {
+    const payload = pack(UBLK_PARAMS, { len: UBLK_PARAMS.size });
+    await this.#command("GET_PARAMS", { deviceId, payload });
+    return unpack(UBLK_PARAMS, payload);
+  }
+
+  /**
+   * Makes /dev/ublkbN. Ends when every tag of every queue has been fetched and the partition
+   * table has been read through the queues.
+   *
+   * @param pid the process that opened the character device.
+   */
+  async startDevice(deviceId: number, pid: number): Promise<void> {
+    await this.#command("START_DEV", { deviceId, data: pid });
+  }
+
+  /** Ends when the queues have answered what is in flight, or the server is dead. */
+  async stopDevice(deviceId: number): Promise<void> {
+    await this.#command("STOP_DEV", { deviceId });
+  }
+
+  /** Ends when the last user of /dev/ublkcN has gone. */
+  async deleteDevice(deviceId: number): Promise<void> {
+    await this.#command("DEL_DEV", { deviceId });
+  }
+
+  /** As deleteDevice, but the kernel does the waiting (6.9). */
+  async deleteDeviceLater(deviceId: number): Promise<void> {
+    await this.#command("DEL_DEV_ASYNC", { deviceId });
+  }
+
+  /**
+   * GET_DEV_INFO2 where the kernel has it, since it also answers a device's owner.
+   *
+   * @throws {UblkError} ENODEV: there is no such device.
+   */
+  async getDeviceInfo(deviceId: number): Promise<DeviceInfo> {
+    const payload = new Uint8Array(this.dialect.infoSize);
+    if (this.dialect.hasCommand("GET_DEV_INFO2")) {
+      const path = this.dialect.charPath(deviceId);
+      if (await this.#run("GET_DEV_INFO2", { deviceId, payload, path }) === 0) {
+        return this.dialect.unpackInfo(payload);
+      }
+    }
+    await this.#command("GET_DEV_INFO", { deviceId, payload });
+    return this.dialect.unpackInfo(payload);
+  }
+
+  /** @returns the CPUs whose I/O this queue gets. */
+  async getQueueAffinity(deviceId: number, queueId: number): Promise<number[]> {
+    // The kernel wants room for every possible CPU, in units of 8 bytes; 8192 CPUs are its limit.
+    const payload = new Uint8Array(1024);
+    await this.#command("GET_QUEUE_AFFINITY", { deviceId, payload, data: queueId });
+    const cpus = [];
+    for (let cpu = 0; cpu < payload.length * 8; cpu++) {
+      if (payload[cpu >> 3]! & 1 << (cpu & 7)) cpus.push(cpu);
+    }
+    return cpus;
+  }
+
+  async #command(command: ControlCommand, options: CommandOptions): Promise<void> {
+    const result = await this.#run(command, options);
+    if (result < 0) throw UblkError.from(result, command, device(options));
+  }
+
+  /** Submits and awaits one command. @returns its result; the answer is in options.payload. */
+  async #run(command: ControlCommand, options: CommandOptions): Promise<number> {
+    const slot = this.#freePayloads.pop();
+    if (slot === undefined) {
+      throw new UblkError({ errno: "EBUSY", operation: command, ...device(options) });
+    }
+    const path = options.path ? new TextEncoder().encode(`${options.path}\0`) : new Uint8Array();
+    const area = this.#payloads.subarray(slot * PAYLOAD_BYTES, (slot + 1) * PAYLOAD_BYTES);
+    area.set(path);
+    area.set(options.payload ?? [], path.length);
+
+    const submitted = this.shim.controlSubmit(this.#handle, {
+      controlFd: this.#fd,
+      opcode: this.dialect.controlOpcode(command, this.#ioctlEncoded),
+      deviceId: options.deviceId ?? DEV_ID_AUTO,
+      queueId: options.queueId ?? QUEUE_ID_NONE,
+      payload: slot,
+      payloadBytes: path.length + (options.payload?.length ?? 0),
+      pathBytes: path.length,
+      data: BigInt(options.data ?? 0),
+    });
+    if (submitted < 0) {
+      this.#freePayloads.push(slot);
+      throw UblkError.from(submitted, command, device(options));
+    }
+
+    const deadlineMs = options.deadlineMs ?? DEADLINE_MS[command] ?? DEADLINE_DEFAULT_MS;
+    const result = await this.#completion(slot, deadlineMs);
+    if (result === undefined) {
+      this.#waiting.set(slot, () => this.#freePayloads.push(slot));
+      throw lateError(command, options, deadlineMs);
+    }
+    this.#freePayloads.push(slot);
+    options.payload?.set(area.subarray(path.length, path.length + options.payload.length));
+    return result;
+  }
+
+  /** Polls, ever more slowly: nothing else can wait for a ring in both runtimes' event loops. */
+  async #completion(slot: number, deadlineMs: number): Promise<number | undefined> {
+    let result: number | undefined;
+    this.#waiting.set(slot, (value) => result = value);
+    const deadline = performance.now() + deadlineMs;
+    for (let pauseMs = 0.25;; pauseMs = Math.min(pauseMs * 1.5, 25)) {
+      this.#reap();
+      if (result !== undefined || performance.now() > deadline) return result;
+      await sleep(pauseMs);
+    }
+  }
+
+  #reap(): void {
+    const out = new Int32Array(2);
+    while (this.shim.native.ubd_control_reap(this.#handle, out) === 1) {
+      const [slot, result] = [out[0]!, out[1]!];
+      this.#waiting.get(slot)?.(result);
+      this.#waiting.delete(slot);
+    }
+  }
+}
+
+function device({ deviceId }: CommandOptions): { device?: number } {
+  return deviceId === undefined || deviceId === DEV_ID_AUTO ? {} : { device: deviceId };
+}
+
+function lateError(command: ControlCommand, options: CommandOptions, ms: number): UblkError {
+  const id = options.deviceId ?? "N";
+  return new UblkError({
+    errno: "ETIMEDOUT",
+    operation: command,
+    ...device(options),
+    hint: `no answer in ${ms / 1000} s; look at dmesg, and at who holds the device: ` +
+      `fuser -v /dev/ublkb${id} /dev/ublkc${id}; the command goes on in the kernel`,
+  });
+}

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: MIT
+/**
+ * A device's life: add → open its character device → set params → start queues → start → serve →
+ * stop → delete. docs/ARCHITECTURE.md draws it.
+ *
+ * A `Device` owns its character device's descriptor, its queue threads and its target, and
+ * releases them in reverse. A failure half-way undoes what was done, device included.
+ *
+ * The server owns its device until somebody stops it: whoever issues STOP_DEV also deletes. When
+ * that was another process, `ended` settles and this side only lets go.
+ * @module
+ */
+
+import { readFileSync } from "node:fs";
+import process from "node:process";
+import { setTimeout as sleep } from "node:timers/promises";
+import type { DeviceInfo } from "../abi/dialect.ts";
+import { ERRNO, errnoName } from "../abi/errno.ts";
+import type { Control } from "./control.ts";
+import { UblkError, UsageError } from "./error.ts";
+import { toParams } from "./params.ts";
+import { type QueueThread, startQueueThread } from "./queue_thread.ts";
+import type { OpenTarget } from "./target.ts";
+
+export const QUEUES_DEFAULT = 1;
+export const QUEUES_MAX = 4096;
+export const DEPTH_DEFAULT = 128;
+export const DEPTH_MAX = 4096;
+export const IO_BYTES_DEFAULT = 512 * 1024;
+/** The driver addresses a request's buffer with 25 bits. */
+export const IO_BYTES_MAX = 32 * 1024 * 1024;
+/** What one ArrayBuffer can show of a queue's buffers. */
+const QUEUE_BUFFER_BYTES_MAX = 4 * 1024 ** 3;
+
+/** How long udev may take to make the character device and let go of it. */
+const CHAR_DEVICE_DEADLINE_MS = 10_000;
+
+const O_RDWR = 2;
+
+export interface DeviceOptions {
+  /** -1: the driver chooses. */
+  id: number;
+  queues: number;
+  /** Requests in flight for each queue, 1 to 4096. */
+  depth: number;
+  /** Largest READ or WRITE in bytes, a multiple of 4096. */
+  ioBytesMax: number;
+  /** UBLK_F_*. */
+  flags: bigint;
+  targetName: string;
+  target: OpenTarget;
+  /** URL of the module whose evaluation in a Worker serves a queue (targets/queue_thread.ts). */
+  queueThreadEntry: string;
+  /** Told as soon as the device exists in the driver. */
+  onAdded?: (id: number) => void;
+  log: (text: string) => void;
+}
+
+export interface QueueFacts {
+  qid: number;
+  /** Kernel id of the queue's thread. */
+  tid: number;
+  /** CPUs whose I/O the queue gets. */
+  affinity: number[];
+}
+
+export class Device {
+  readonly info: DeviceInfo;
+  readonly queues: readonly QueueFacts[];
+  /** Settles when every queue has ended: after a stop, whoever ordered it, or by a failure. */
+  readonly ended: Promise<void>;
+  readonly #control: Control;
+  /** Releases the character device and the target. */
+  readonly #release: () => void;
+
+  private constructor(
+    control: Control,
+    info: DeviceInfo,
+    queues: QueueFacts[],
+    threads: QueueThread[],
+    release: () => void,
+  ) {
+    this.#control = control;
+    this.info = info;
+    this.queues = queues;
+    this.#release = once(release);
+    this.ended = Promise.all(threads.map((thread) => thread.ended)).then(() => {});
+    this.ended.catch(() => {});
+  }
+
+  get path(): string {
+    return this.#control.dialect.blockPath(this.info.id);
+  }
+
+  /**
+   * Adds and starts a device. When this returns it is LIVE.
+   *
+   * @throws {UsageError} options out of range. @throws {UblkError} what the kernel refused; the
+   * device is gone again, and the target closed.
+   */
+  static async create(control: Control, options: DeviceOptions): Promise<Device> {
+    const undo: (() => void | Promise<void>)[] = [() => options.target.close()];
+    try {
+      checkOptions(options);
+      return await Device.#create(control, options, undo);
+    } catch (error) {
+      for (const step of undo.reverse()) {
+        try {
+          await step();
+        } catch (second) {
+          options.log(`while undoing: ${(second as Error).message}`);
+        }
+      }
+      throw error;
+    }
+  }
+
+  static async #create(
+    control: Control,
+    options: DeviceOptions,
+    undo: (() => void | Promise<void>)[],
+  ): Promise<Device> {
+    const { dialect, shim } = control;
+    const { limits } = options.target;
+    toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
+
+    let info = await control.addDevice({
+      id: options.id,
+      queues: options.queues,
+      depth: options.depth,
+      maxIoBytes: options.ioBytesMax,
+      flags: options.flags,
+      blockSize: limits.blockBytes,
+      sizeBytes: limits.sizeBytes,
+    });
+    const id = info.id;
+    undo.push(() => control.deleteDevice(id));
+    options.onAdded?.(id);
+    checkpoint("added");
+
+    const charFd = await openCharDevice(control, id);
+    const closeChar = once(() => void shim.native.ubd_close(charFd));
+    undo.push(closeChar);
+    if (dialect.hasParams) await control.setParams(id, toParams(limits, info.maxIoBytes));
+
+    const pageBytes = pageSize();
+    const threads: QueueThread[] = [];
+    const wakeFds: number[] = [];
+    const release = once(() => {
+      for (const fd of wakeFds) shim.native.ubd_close(fd);
+      closeChar();
+    });
+    undo.push(async () => {
+      for (const thread of threads) thread.abandon();
+      await Promise.allSettled(threads.map((thread) => thread.ended));
+      release();
+    });
+    for (let queueId = 0; queueId < info.queues; queueId++) {
+      const wakeFd = shim.native.ubd_eventfd();
+      if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: id });
+      wakeFds.push(wakeFd);
+      const config = {
+        charFd,
+        wakeFd,
+        queueId,
+        depth: info.depth,
+        ioBytesMax: info.maxIoBytes,
+        fetchOpcode: dialect.ioOpcode("FETCH_REQ", control.ioctlEncoded),
+        commitOpcode: dialect.ioOpcode("COMMIT_AND_FETCH_REQ", control.ioctlEncoded),
+        sqe128: dialect.sqe128,
+        descriptorOffset: dialect.mmapOffset(queueId, pageBytes),
+        descriptorBytes: dialect.mmapBytes(info.depth, pageBytes),
+      };
+      const target = { name: options.targetName, spec: options.target.spec };
+      const spec = { shimPath: shim.path, config, target };
+      threads.push(startQueueThread(options.queueThreadEntry, spec, shim, options.log));
+    }
+    const tids = await Promise.all(threads.map((thread) => thread.started));
+    checkpoint("queues started");
+
+    // A queue that dies now would let START_DEV wait for its FETCHes until the deadline.
+    const died = Promise.all(threads.map((thread) => thread.ended)).then(() => {
+      throw new UblkError({ errno: "ENODEV", operation: "START_DEV", device: id });
+    });
+    died.catch(() => {});
+    undo.push(() => control.stopDevice(id));
+    await Promise.race([control.startDevice(id, process.pid), died]);
+    checkpoint("started");
+
+    info = await control.getDeviceInfo(id);
+    const queues: QueueFacts[] = [];
+    for (const [qid, tid] of tids.entries()) {
+      queues.push({ qid, tid, affinity: await control.getQueueAffinity(id, qid) });
+    }
+    return new Device(control, info, queues, threads, () => {
+      release();
+      options.target.close();
+    });
+  }
+
+  /** Stops, drains and deletes. I/O in flight is answered first. Idempotent on the driver's side. */
+  async stop(): Promise<void> {
+    await ignoring(["ENODEV"], this.#control.stopDevice(this.info.id));
+    await this.ended;
+    this.letGo();
+    await ignoring(["ENODEV"], this.#control.deleteDevice(this.info.id));
+  }
+
+  /** Lets go of device and target after `ended`, so that whoever stopped it can delete it. */
+  letGo(): void {
+    this.#release();
+  }
+}
+
+async function ignoring(errnos: string[], work: Promise<void>): Promise<void> {
+  try {
+    await work;
+  } catch (error) {
+    if (!(error instanceof UblkError && errnos.includes(error.errno))) throw error;
+  }
+}
+
+function once(work: () => void): () => void {
+  let done = false;
+  return () => {
+    if (!done) work();
+    done = true;
+  };
+}
+
+/** @throws {UsageError} naming the option, its range and its value. */
+export function checkOptions(
+  options: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax">,
+) {
+  const within = (name: string, value: number, min: number, max: number) => {
+    if (!Number.isInteger(value) || value < min || value > max) {
+      throw new UsageError(`${name} ${value}: it must be from ${min} to ${max}`);
+    }
+  };
+  within("Device id", options.id, -1, 2 ** 20 - 1);
+  within("Number of queues", options.queues, 1, QUEUES_MAX);
+  within("Queue depth", options.depth, 1, DEPTH_MAX);
+  within("Largest I/O in bytes", options.ioBytesMax, 4096, IO_BYTES_MAX);
+  if (options.ioBytesMax % 4096) {
+    throw new UsageError(`Largest I/O ${options.ioBytesMax}: it must be a multiple of 4096 bytes`);
+  }
+  if (options.depth * options.ioBytesMax > QUEUE_BUFFER_BYTES_MAX) {
+    throw new UsageError(
+      `Queue depth ${options.depth} with ${options.ioBytesMax} bytes each: the buffers of a ` +
+        `queue may take ${QUEUE_BUFFER_BYTES_MAX} bytes; lower one of the two`,
+    );
+  }
+}
+
+/**
+ * Opens /dev/ublkcN. It appears after ADD_DEV, by devtmpfs or udev; udev may still hold it open
+ * (the driver lets one in) or may not have set its owner yet.
+ */
+async function openCharDevice(control: Control, id: number): Promise<number> {
+  const path = control.dialect.charPath(id);
+  const retried: number[] = [ERRNO.ENOENT, ERRNO.EACCES, ERRNO.EBUSY, ERRNO.ENXIO];
+  const deadline = performance.now() + CHAR_DEVICE_DEADLINE_MS;
+  for (let pauseMs = 1;; pauseMs = Math.min(pauseMs * 2, 100)) {
+    const fd = control.shim.open(path, O_RDWR);
+    if (fd >= 0) return fd;
+    if (!retried.includes(-fd) || performance.now() > deadline) {
+      const absent = errnoName(-fd) === "ENOENT";
+      throw UblkError.from(fd, `open ${path}`, {
+        device: id,
+        hint: absent
+          ? `it did not appear in ${CHAR_DEVICE_DEADLINE_MS / 1000} s: is /dev a devtmpfs, or ` +
+            `udevd running? mknod ${path} c MAJOR MINOR, from /sys/class/` +
+            `${control.dialect.charClass}/${control.dialect.charName(id)}/dev`
+          : "look for another process that has it open: fuser -v " + path,
+      });
+    }
+    await sleep(pauseMs);
+  }
+}
+
+/** The machine's page size in bytes: AT_PAGESZ of the auxiliary vector. */
+function pageSize(): number {
+  const vector = readFileSync("/proc/self/auxv");
+  const AT_PAGESZ = 6n;
+  for (let at = 0; at + 16 <= vector.length; at += 16) {
+    if (vector.readBigUInt64LE(at) === AT_PAGESZ) return Number(vector.readBigUInt64LE(at + 8));
+  }
+  return 4096;
+}
+
+/** UBD_DEBUG_EXIT=STEP: die at that step, so that tests can see what is left behind. */
+function checkpoint(step: string): void {
+  if (process.env.UBD_DEBUG_EXIT === step) process.exit(70);
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT
+/**
+ * What went wrong: every failure of a control command, a file or the driver is a `UblkError`.
+ *
+ * Its message has one form, built here only: action, device, errno, and what to do next. Bad
+ * arguments are `UsageError`s; anything else that is thrown is a bug.
+ * @module
+ */
+
+import { errnoName, errnoText } from "../abi/errno.ts";
+
+export interface UblkErrorDetails {
+  /** Errno name, such as "EBUSY"; "ETIMEDOUT" when a deadline passed. */
+  errno: string;
+  /** What was being done, in the kernel's words where it has them: "ADD_DEV", "open /a.img". */
+  operation: string;
+  /** Device id, when there is one. */
+  device?: number;
+  /** What to do next, as an imperative. The default comes from the table below. */
+  hint?: string;
+  cause?: unknown;
+}
+
+/**
+ * A system failure.
+ *
+ * @example
+ * ```ts
+ * new UblkError({ errno: "EEXIST", operation: "ADD_DEV", device: 3 }).message;
+ * // Cannot ADD_DEV on device 3: EEXIST, File exists (choose another id with -n, or ...)
+ * ```
+ */
+export class UblkError extends Error {
+  override readonly name = "UblkError";
+  readonly errno: string;
+  readonly operation: string;
+  readonly device: number | undefined;
+  readonly hint: string | undefined;
+
+  constructor({ errno, operation, device, hint, cause }: UblkErrorDetails) {
+    const advice = hint ?? hintFor(operation, errno);
+    const where = device === undefined ? "" : ` on device ${device}`;
+    const text = errnoText(errno);
+    super(
+      `Cannot ${operation}${where}: ${errno}${text ? `, ${text}` : ""}` +
+        (advice ? ` (${advice})` : ""),
+      { cause },
+    );
+    this.errno = errno;
+    this.operation = operation;
+    this.device = device;
+    this.hint = advice;
+  }
+
+  /** From a shim call's or a completion's negative result. */
+  static from(
+    result: number,
+    operation: string,
+    more: Omit<UblkErrorDetails, "errno" | "operation"> = {},
+  ): UblkError {
+    return new UblkError({ errno: errnoName(-result), operation, ...more });
+  }
+}
+
+/** A mistake in what the caller asked for: nothing was tried. */
+export class UsageError extends Error {
+  override readonly name = "UsageError";
+}
+
+const HINTS: Record<string, Record<string, string>> = {
+  "open the control device": {
+    ENOENT: "load the driver: modprobe ublk_drv; a kernel without it needs CONFIG_BLK_DEV_UBLK",
+    EACCES: "run as root",
+    EPERM: "run as root",
+    ENXIO: "load the driver: modprobe ublk_drv",
+  },
+  "set up a ring": {
+    EPERM: "io_uring is disabled: sysctl kernel.io_uring_disabled=0, " +
+      "or the container's seccomp profile forbids it",
+    ENOSYS: "this kernel is built without io_uring (CONFIG_IO_URING)",
+    ENOMEM: "lower --depth or --queues, or raise the locked-memory limit (ulimit -l)",
+    EMFILE: "raise the limit of open files (ulimit -n)",
+  },
+  ADD_DEV: {
+    EEXIST: "choose another id with -n, or delete that device with ubd del -n ID",
+    EACCES: "too many devices: raise the limit in /sys/module/ublk_drv/parameters/ublks_max",
+    EPERM: "run as root",
+    EINVAL: "the kernel refuses these queue, depth or feature values; see dmesg",
+    ENOSPC: "choose an id below 1048576",
+    ENOMEM: "lower --depth or --queues",
+  },
+  SET_PARAMS: { EINVAL: "the kernel refuses these sizes or limits; see dmesg" },
+  START_DEV: { EINVAL: "in a container, the server must run in the host's pid namespace" },
+  STOP_DEV: { ENODEV: "there is no such device: see ubd list" },
+  DEL_DEV: {
+    ENODEV: "there is no such device: see ubd list",
+    EINTR: "something still holds its character device open: see fuser /dev/ublkcN",
+  },
+  GET_DEV_INFO: {
+    ENODEV: "there is no such device: see ubd list",
+    EPERM: "run as root",
+    EACCES: "run as root or as the device's owner",
+  },
+};
+
+function hintFor(operation: string, errno: string): string | undefined {
+  return HINTS[operation]?.[errno];
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+/** A device's limits as the driver's parameters, checked. @module */
+
+import type { Values } from "../abi/struct.ts";
+import {
+  UBLK_ATTR_FUA,
+  UBLK_ATTR_READ_ONLY,
+  UBLK_ATTR_VOLATILE_CACHE,
+  UBLK_PARAM_TYPE_BASIC,
+  UBLK_PARAM_TYPE_DISCARD,
+  UBLK_PARAMS,
+} from "../abi/ublk_cmd.ts";
+import { UsageError } from "./error.ts";
+import { SECTOR_BYTES } from "./queue.ts";
+import type { DeviceLimits } from "./target.ts";
+
+/** Largest request without data, in sectors: what a u32 of bytes can hold. */
+const DATALESS_SECTORS_MAX = Math.floor(0xffff_ffff / SECTOR_BYTES);
+
+/** Larger than the page, the driver refuses a logical block. */
+const BLOCK_BYTES_MAX = 4096;
+
+/**
+ * @param ioBytesMax the largest READ or WRITE, in bytes, as ADD_DEV answered it.
+ * @throws {UsageError} a size or block size that no device can have.
+ */
+export function toParams(limits: DeviceLimits, ioBytesMax: number): Values<typeof UBLK_PARAMS> {
+  checkLimits(limits);
+  const { sizeBytes, blockBytes, physicalBlockBytes, discardBytes } = limits;
+  const attrs = (limits.readOnly ? UBLK_ATTR_READ_ONLY : 0) |
+    // The driver ignores FUA without a volatile cache.
+    (limits.volatileCache ? UBLK_ATTR_VOLATILE_CACHE | UBLK_ATTR_FUA : 0);
+  const basic = {
+    attrs,
+    logical_bs_shift: Math.log2(blockBytes),
+    physical_bs_shift: Math.log2(physicalBlockBytes),
+    io_min_shift: Math.log2(physicalBlockBytes),
+    io_opt_shift: Math.log2(physicalBlockBytes),
+    max_sectors: ioBytesMax / SECTOR_BYTES,
+    dev_sectors: sizeBytes / SECTOR_BYTES,
+  };
+  if (discardBytes === 0) return { types: UBLK_PARAM_TYPE_BASIC, basic };
+  const discard = {
+    discard_granularity: discardBytes,
+    max_discard_sectors: DATALESS_SECTORS_MAX,
+    max_write_zeroes_sectors: DATALESS_SECTORS_MAX,
+    max_discard_segments: 1,
+  };
+  return { types: UBLK_PARAM_TYPE_BASIC | UBLK_PARAM_TYPE_DISCARD, basic, discard };
+}
+
+function checkLimits({ sizeBytes, blockBytes, physicalBlockBytes }: DeviceLimits): void {
+  const isBlock = (bytes: number) => bytes >= SECTOR_BYTES && Number.isInteger(Math.log2(bytes));
+  if (!isBlock(blockBytes) || blockBytes > BLOCK_BYTES_MAX) {
+    throw new UsageError(`Block size ${blockBytes}: it must be 512, 1024, 2048 or 4096`);
+  }
+  if (!isBlock(physicalBlockBytes) || physicalBlockBytes < blockBytes) {
+    throw new UsageError(`Physical block size ${physicalBlockBytes}: no multiple of ${blockBytes}`);
+  }
+  if (!(sizeBytes >= blockBytes && Number.isSafeInteger(sizeBytes)) || sizeBytes % blockBytes) {
+    throw new UsageError(
+      `Size ${sizeBytes}: it must be a multiple of the ${blockBytes}-byte block, from one block ` +
+        `to ${Number.MAX_SAFE_INTEGER} bytes`,
+    );
+  }
+}

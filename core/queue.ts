@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: MIT
+/**
+ * One queue of a device: fetches requests, hands them to a handler, commits the answers.
+ *
+ * The calling thread blocks in `run` until the driver has taken every tag back (the device was
+ * stopped). One FFI call per batch; nothing is allocated for a request.
+ *
+ * Invariants, each asserted: a tag is free → fetched → serving → fetched … → retired; a request
+ * gets exactly one commit; a tag has at most one SQE in flight (its io command or one file
+ * operation), so commands and events never exceed depth + 1.
+ *
+ * Abort: when the device stops, the driver first waits for requests being served, then answers
+ * each waiting FETCH with -ENODEV. So a tag retires only after its last commit, and the loop ends
+ * with nothing in flight.
+ * @module
+ */
+
+import { ERRNO } from "../abi/errno.ts";
+import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
+import {
+  COMMAND_COMMIT,
+  COMMAND_FALLOCATE,
+  COMMAND_FETCH,
+  COMMAND_FSYNC,
+  COMMAND_READ,
+  COMMAND_WAKE,
+  COMMAND_WRITE,
+  EVENT_REQUEST,
+  EVENT_WAKE,
+  type QueueConfig,
+  type QueueMemory,
+  RECORD_BYTES,
+  type Shim,
+} from "../ffi/mod.ts";
+import { assert } from "./assert.ts";
+import { UblkError } from "./error.ts";
+import type { RequestHandler } from "./target.ts";
+
+const FREE = 0;
+const FETCHED = 1;
+const SERVING = 2;
+const RETIRED = 3;
+
+const WORDS = RECORD_BYTES / 4;
+const FLOATS = RECORD_BYTES / 8;
+
+export const SECTOR_BYTES = 512;
+
+export class Queue implements Disposable {
+  readonly depth: number;
+  /** Bytes of data a request may have. */
+  readonly ioBytesMax: number;
+  readonly #shim: Shim;
+  readonly #memory: QueueMemory;
+  readonly #commandWords: Int32Array;
+  readonly #commandFloats: Float64Array;
+  readonly #eventWords: Int32Array;
+  readonly #eventFloats: Float64Array;
+  readonly #buffers: Uint8Array<ArrayBuffer>;
+  readonly #state: Uint8Array;
+  readonly #opFlags: Uint32Array;
+  readonly #sectors: Uint32Array;
+  readonly #startSector: Float64Array;
+  #commandCount = 0;
+  #liveTags: number;
+  #disposed = false;
+
+  /** @throws {UblkError} EPERM: io_uring is disabled; ENOMEM; EMFILE. */
+  constructor(shim: Shim, config: QueueConfig) {
+    const memory = shim.queueInit(config);
+    if (typeof memory === "number") throw UblkError.from(memory, "set up a ring");
+    this.#shim = shim;
+    this.#memory = memory;
+    this.depth = this.#liveTags = config.depth;
+    this.ioBytesMax = config.ioBytesMax;
+    this.#commandWords = new Int32Array(memory.commands);
+    this.#commandFloats = new Float64Array(memory.commands);
+    this.#eventWords = new Int32Array(memory.events);
+    this.#eventFloats = new Float64Array(memory.events);
+    this.#buffers = new Uint8Array(memory.buffers);
+    this.#state = new Uint8Array(config.depth);
+    this.#opFlags = new Uint32Array(config.depth);
+    this.#sectors = new Uint32Array(config.depth);
+    this.#startSector = new Float64Array(config.depth);
+  }
+
+  /** Closes the ring; what the driver still holds of it is cancelled. Views die with it. */
+  [Symbol.dispose](): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.#shim.native.ubd_queue_exit(this.#memory.handle);
+  }
+
+  /** The request's operation: UBLK_IO_OP_*. */
+  op(tag: number): number {
+    return this.#opFlags[tag]! & 0xff;
+  }
+
+  /** The request's flags as the header defines them: test with UBLK_IO_F_*, never shifted. */
+  flags(tag: number): number {
+    return this.#opFlags[tag]!;
+  }
+
+  /** Length in bytes. Exact; a DISCARD may have up to 2 TiB. */
+  bytes(tag: number): number {
+    return this.#sectors[tag]! * SECTOR_BYTES;
+  }
+
+  /** Where on the device the request starts, in bytes. Exact below 2^53. */
+  offset(tag: number): number {
+    return this.#startSector[tag]! * SECTOR_BYTES;
+  }
+
+  /** Zeroes a part of the tag's buffer. */
+  fillZero(tag: number, start: number, end: number): void {
+    const base = tag * this.ioBytesMax;
+    this.#buffers.fill(0, base + start, base + end);
+  }
+
+  /**
+   * Answers the request. READ and WRITE: bytes done; the others: 0. A failure: -errno.
+   *
+   * The driver would requeue a WRITE of 0 bytes for ever and hands EAGAIN to callers that cannot
+   * retry, so both become EIO, as does a count that exceeds the request.
+   */
+  commit(tag: number, result: number): void {
+    assert(this.#state[tag] === SERVING, "commit of a tag that serves no request");
+    this.#state[tag] = FETCHED;
+    const op = this.op(tag);
+    if (op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE) {
+      if (result === 0 || result > this.bytes(tag)) result = -ERRNO.EIO;
+    }
+    if (result === -ERRNO.EAGAIN) result = -ERRNO.EIO;
+    this.#command(COMMAND_COMMIT, tag, result, 0);
+  }
+
+  /** Reads a file into the tag's buffer. `resume` gets bytes or -errno. */
+  read(tag: number, fd: number, bufferOffset: number, bytes: number, fileOffset: number): void {
+    const at = this.#command(COMMAND_READ, tag, fd, 0);
+    this.#extent(at, bufferOffset, bytes, fileOffset);
+  }
+
+  /** Writes the tag's buffer to a file. @param flags RWF_*. */
+  write(
+    tag: number,
+    fd: number,
+    bufferOffset: number,
+    bytes: number,
+    fileOffset: number,
+    flags: number,
+  ): void {
+    const at = this.#command(COMMAND_WRITE, tag, fd, flags);
+    this.#extent(at, bufferOffset, bytes, fileOffset);
+  }
+
+  /** @param flags IORING_FSYNC_DATASYNC or 0. */
+  fsync(tag: number, fd: number, flags: number): void {
+    this.#command(COMMAND_FSYNC, tag, fd, flags);
+  }
+
+  /** @param mode FALLOC_FL_*. */
+  fallocate(tag: number, fd: number, mode: number, fileOffset: number, bytes: number): void {
+    const at = this.#command(COMMAND_FALLOCATE, tag, fd, mode);
+    this.#commandFloats[at * FLOATS + 2] = bytes;
+    this.#commandFloats[at * FLOATS + 3] = fileOffset;
+  }
+
+  #extent(at: number, bufferOffset: number, bytes: number, fileOffset: number): void {
+    this.#commandWords[at * WORDS + 4] = bytes;
+    this.#commandWords[at * WORDS + 5] = bufferOffset;
+    this.#commandFloats[at * FLOATS + 3] = fileOffset;
+  }
+
+  #command(op: number, tag: number, value: number, flags: number): number {
+    const at = this.#commandCount++;
+    assert(at <= this.depth, "more commands than tags");
+    const word = at * WORDS;
+    this.#commandWords[word] = op;
+    this.#commandWords[word + 1] = tag;
+    this.#commandWords[word + 2] = value;
+    this.#commandWords[word + 3] = flags;
+    return at;
+  }
+
+  /**
+   * Serves until the driver has taken every tag back, or `woken` returns true.
+   *
+   * @param woken called when the wake-up eventfd was written; true leaves at once.
+   * @param failed told of a handler that threw; its request is answered with EIO.
+   * @throws {UblkError} the ring or the driver refused what a correct server may ask.
+   */
+  run(handler: RequestHandler, woken: () => boolean, failed: (error: unknown) => void): void {
+    for (let tag = 0; tag < this.depth; tag++) {
+      this.#state[tag] = FETCHED;
+      this.#command(COMMAND_FETCH, tag, 0, 0);
+    }
+    this.#command(COMMAND_WAKE, 0, 0, 0);
+
+    const step = this.#shim.native.ubd_step;
+    const handle = this.#memory.handle;
+    while (this.#liveTags > 0) {
+      const count = this.#commandCount;
+      this.#commandCount = 0;
+      const events = step(handle, count, 1);
+      if (events < 0) throw UblkError.from(events, "enter the ring");
+      for (let index = 0; index < events; index++) {
+        if (this.#eventWords[index * WORDS] === EVENT_WAKE) {
+          if (woken()) return;
+          this.#command(COMMAND_WAKE, 0, 0, 0);
+        } else {
+          this.#dispatch(index, handler, failed);
+        }
+      }
+    }
+  }
+
+  #dispatch(index: number, handler: RequestHandler, failed: (error: unknown) => void): void {
+    const word = index * WORDS;
+    const tag = this.#eventWords[word + 1]!;
+    const result = this.#eventWords[word + 2]!;
+    try {
+      if (this.#eventWords[word] !== EVENT_REQUEST) {
+        assert(this.#state[tag] === SERVING, "completion for a tag that serves no request");
+        handler.resume!(this, tag, result);
+        return;
+      }
+      assert(this.#state[tag] === FETCHED, "request on a tag that was not fetched");
+      if (result !== 0) {
+        this.#retire(tag, result);
+        return;
+      }
+      this.#state[tag] = SERVING;
+      this.#opFlags[tag] = this.#eventWords[word + 3]!;
+      this.#sectors[tag] = this.#eventWords[word + 4]!;
+      this.#startSector[tag] = this.#eventFloats[index * FLOATS + 3]!;
+      handler.handle(this, tag);
+    } catch (error) {
+      if (this.#state[tag] !== SERVING) throw error;
+      failed(error);
+      this.commit(tag, -ERRNO.EIO);
+    }
+  }
+
+  #retire(tag: number, result: number): void {
+    this.#state[tag] = RETIRED;
+    this.#liveTags--;
+    if (result !== -ERRNO.ENODEV) throw UblkError.from(result, "FETCH a request");
+  }
+}

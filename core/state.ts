@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: MIT
+/**
+ * What a server tells others about its device: one JSON file each in /run/ubd, or in the user's
+ * runtime directory. The driver's own answers always win over it; the file adds the target.
+ *
+ * Written whole and renamed, mode 0600 in a 0755 directory, and no symbolic link is followed: a
+ * new name is made with O_EXCL, and rename replaces a link rather than what it points at.
+ * @module
+ */
+
+import { mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import process from "node:process";
+import type { QueueFacts } from "./device.ts";
+
+const STATE_VERSION = 1;
+
+export interface DeviceState {
+  version: number;
+  /** Process that serves the device. */
+  pid: number;
+  target: Record<string, string | number | boolean>;
+  queues: QueueFacts[];
+}
+
+function stateDirectory(): string {
+  const user = process.getuid!() === 0 ? undefined : process.env.XDG_RUNTIME_DIR;
+  return join(user ?? "/run", "ubd");
+}
+
+function statePath(id: number): string {
+  return join(stateDirectory(), `${id}.json`);
+}
+
+export function writeState(id: number, state: Omit<DeviceState, "version">): void {
+  mkdirSync(stateDirectory(), { recursive: true, mode: 0o755 });
+  const temporary = join(stateDirectory(), `.${id}.${process.pid}`);
+  rmSync(temporary, { force: true });
+  const text = JSON.stringify({ version: STATE_VERSION, ...state }, null, 2);
+  writeFileSync(temporary, `${text}\n`, { mode: 0o600, flag: "wx" });
+  renameSync(temporary, statePath(id));
+}
+
+/** @returns undefined when there is none, or none that this version understands. */
+export function readState(id: number): DeviceState | undefined {
+  try {
+    const state = JSON.parse(readFileSync(statePath(id), "utf8")) as DeviceState;
+    return state.version === STATE_VERSION ? state : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+/** @param pid only a state that this process wrote is removed; undefined: whoever wrote it. */
+export function removeState(id: number, pid?: number): void {
+  if (pid !== undefined && readState(id)?.pid !== pid) return;
+  rmSync(statePath(id), { force: true });
+}

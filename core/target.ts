@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+/**
+ * What a target is: the thing behind a device.
+ *
+ * A target is opened once, in the server's main thread, where it looks at its backing and says
+ * what the device shall be (`OpenTarget`). Each queue thread then makes its own `RequestHandler`
+ * from the plain data in `OpenTarget.spec`. Handlers answer requests at once, or turn them into
+ * file operations on the queue's ring and answer when those complete.
+ * @module
+ */
+
+import type { Shim } from "../ffi/mod.ts";
+import type { Queue } from "./queue.ts";
+
+/** What the block layer is told about a device. All sizes in bytes. */
+export interface DeviceLimits {
+  /** A multiple of blockBytes. */
+  sizeBytes: number;
+  /** Logical block: the unit of every request. A power of two, 512 or more. */
+  blockBytes: number;
+  /** What the backing writes at once; a power of two, at least blockBytes. */
+  physicalBlockBytes: number;
+  readOnly: boolean;
+  /** Completed writes may be lost on power failure until a FLUSH. */
+  volatileCache: boolean;
+  /** Smallest extent that DISCARD frees; 0: DISCARD and WRITE_ZEROES are not offered. */
+  discardBytes: number;
+}
+
+export interface OpenTarget {
+  readonly limits: DeviceLimits;
+  /** Facts for `list` and `info`, such as {"backing_file": "/a.img"}: plain JSON. */
+  readonly facts: Record<string, string | number | boolean>;
+  /** What a person should know, one line each: "buffered I/O: tmpfs refuses direct I/O". */
+  readonly notes: readonly string[];
+  /** Structured-cloneable; the queue threads' handlers are made from it. */
+  readonly spec: unknown;
+  /** Makes what was written durable and releases the backing. Called once, after the queues. */
+  close(): void;
+}
+
+export interface RequestHandler {
+  /**
+   * Called for each request. Leads to exactly one `queue.commit(tag, result)`, now or in
+   * `resume`. Throwing counts as EIO.
+   */
+  handle(queue: Queue, tag: number): void;
+  /** Optional. A file operation begun for this tag has completed: bytes, 0, or -errno. */
+  resume?(queue: Queue, tag: number, result: number): void;
+}
+
+export interface OpenContext {
+  readonly shim: Shim;
+  /** False where the driver cannot ask for FLUSH and FUA: each write must then be durable. */
+  readonly hasVolatileCache: boolean;
+}
+
+export interface ServeContext {
+  readonly depth: number;
+  readonly ioBytesMax: number;
+  /** Reports to the operator. Repeated texts are dropped. */
+  readonly log: (message: string) => void;
+}
+
+/** One file of targets/ each. `Options` is plain JSON: it travels to the server process. */
+export interface TargetType<Options = unknown, Spec = unknown> {
+  readonly name: string;
+  /** @throws {UblkError | UsageError} what is wrong with the backing or the options. */
+  open(options: Options, context: OpenContext): OpenTarget & { readonly spec: Spec };
+  serve(spec: Spec, context: ServeContext): RequestHandler;
+}

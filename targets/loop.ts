@@ -1,0 +1,487 @@
+// SPDX-License-Identifier: MIT
+/**
+ * `loop`: a regular file or a block device as the device's contents.
+ *
+ * Requests become file operations on the queue's ring; nothing waits in TypeScript. Short reads
+ * and writes are continued, errors are passed on. Each tag has one operation in flight, and its
+ * progress in two arrays made at start.
+ *
+ * The device is the file's bytes from `offset`, rounded up to a block: of an image whose size is
+ * no multiple of it, the last block reads as zeroes behind the end of the file, and writing it
+ * lets the file grow. Nothing is cut off.
+ *
+ * FLUSH is fdatasync and FUA is RWF_DSYNC, both durable for direct and buffered I/O. DISCARD
+ * punches a hole; WRITE_ZEROES too, or keeps the blocks when asked to (NOUNMAP), and falls back
+ * to writing zeroes where the file system can do neither.
+ * @module
+ */
+
+import { constants, readdirSync, readFileSync, type Stats, statSync } from "node:fs";
+import { ERRNO, errnoName } from "../abi/errno.ts";
+import {
+  FALLOC_FL_KEEP_SIZE,
+  FALLOC_FL_PUNCH_HOLE,
+  FALLOC_FL_ZERO_RANGE,
+  IORING_FSYNC_DATASYNC,
+  RWF_DSYNC,
+} from "../abi/io_uring.ts";
+import {
+  OP_NAMES,
+  UBLK_IO_F_FUA,
+  UBLK_IO_F_NOUNMAP,
+  UBLK_IO_OP_DISCARD,
+  UBLK_IO_OP_FLUSH,
+  UBLK_IO_OP_READ,
+  UBLK_IO_OP_WRITE,
+  UBLK_IO_OP_WRITE_ZEROES,
+} from "../abi/ublk_cmd.ts";
+import { UblkError, UsageError } from "../core/error.ts";
+import type { Queue } from "../core/queue.ts";
+import type { OpenContext, RequestHandler, ServeContext, TargetType } from "../core/target.ts";
+
+export interface LoopOptions {
+  /** Absolute path of a regular file or block device. */
+  file: string;
+  readOnly?: boolean;
+  /** Go through the page cache even where direct I/O works. */
+  buffered?: boolean;
+  /** Where the device starts in the file, in bytes; a multiple of the block size. */
+  offsetBytes?: number;
+  /** Default: up to the end of the file. */
+  sizeBytes?: number;
+  /** Default: 512 for files, the backing's own for block devices. */
+  blockBytes?: number;
+  /** Serve even a file that another process has locked, or a device in use. */
+  force?: boolean;
+}
+
+interface LoopSpec {
+  fd: number;
+  path: string;
+  offsetBytes: number;
+  /** Where the file's data ended when it was opened; behind it, reads are zeroes. */
+  endBytes: number;
+  /** Without FLUSH from the driver, each change is made durable at once. */
+  alwaysDurable: boolean;
+}
+
+/** What statx(STATX_DIOALIGN) or a trial read says. */
+interface Backing {
+  fd: number;
+  isBlockDevice: boolean;
+  bytes: number;
+  sectorBytes: number;
+  direct: boolean;
+  note: string | undefined;
+}
+
+const LOCK_SH = 1;
+const LOCK_EX = 2;
+const LOCK_NB = 4;
+const BLKGETSIZE64 = 0x8008_1272;
+const BLKSSZGET = 0x1268;
+const STATX_DIOALIGN = 0x2000;
+
+export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
+  name: "loop",
+
+  open(options, context) {
+    const backing = openBacking(options, context);
+    const { native } = context.shim;
+    try {
+      const path = options.file;
+      lock(path, backing.fd, options, context);
+      const extent = measure(options, backing);
+      const readOnly = options.readOnly ?? false;
+      return {
+        limits: {
+          sizeBytes: extent.sizeBytes,
+          blockBytes: extent.blockBytes,
+          physicalBlockBytes: Math.max(extent.blockBytes, 4096),
+          readOnly,
+          volatileCache: context.hasVolatileCache && !readOnly,
+          discardBytes: readOnly ? 0 : discardUnit(backing, path, context),
+        },
+        facts: {
+          backing_file: path,
+          direct_io: backing.direct ? 1 : 0,
+          offset: extent.offsetBytes / 512,
+          read_only: readOnly ? 1 : 0,
+        },
+        notes: [
+          backing.direct ? "direct I/O" : `buffered I/O: ${backing.note}`,
+          ...extent.notes,
+        ],
+        spec: {
+          fd: backing.fd,
+          path,
+          offsetBytes: extent.offsetBytes,
+          endBytes: Math.min(backing.bytes, extent.offsetBytes + extent.sizeBytes),
+          alwaysDurable: !context.hasVolatileCache,
+        },
+        close() {
+          if (!readOnly) native.ubd_fdatasync(backing.fd);
+          native.ubd_close(backing.fd);
+        },
+      };
+    } catch (error) {
+      native.ubd_close(backing.fd);
+      throw error;
+    }
+  },
+
+  serve: (spec, context) => new LoopHandler(spec, context),
+};
+
+function openBacking(options: LoopOptions, context: OpenContext): Backing {
+  const path = options.file;
+  const stat = fileStat(path);
+  const isBlockDevice = stat.isBlockDevice();
+  if (stat.isDirectory()) {
+    throw new UblkError({ errno: "EISDIR", operation: `open ${path}`, hint: "name a file in it" });
+  }
+  if (!isBlockDevice && !stat.isFile()) {
+    throw new UsageError(`Cannot serve ${path}: it is neither a regular file nor a block device`);
+  }
+  // O_EXCL without O_CREAT: the kernel refuses a block device that is mounted or held.
+  const flags = (options.readOnly ? constants.O_RDONLY : constants.O_RDWR) |
+    (isBlockDevice && !options.force ? constants.O_EXCL : 0);
+  const open = (more: number) => {
+    const fd = context.shim.open(path, flags | more);
+    if (fd < 0 && fd !== -ERRNO.EINVAL) throw openError(path, fd, options);
+    return fd;
+  };
+  if (!options.buffered) {
+    const fd = open(constants.O_DIRECT);
+    const note = fd < 0
+      ? "the file system refuses direct I/O"
+      : directObstacle(fd, options, isBlockDevice, context);
+    if (note === undefined) return backingOf(fd, isBlockDevice, stat, true, note, context);
+    if (fd >= 0) context.shim.native.ubd_close(fd);
+    return backingOf(openOrThrow(open(0), path), isBlockDevice, stat, false, note, context);
+  }
+  const fd = openOrThrow(open(0), path);
+  return backingOf(fd, isBlockDevice, stat, false, "as asked", context);
+}
+
+function openOrThrow(fd: number, path: string): number {
+  if (fd < 0) throw UblkError.from(fd, `open ${path}`);
+  return fd;
+}
+
+function fileStat(path: string): Stats {
+  try {
+    return statSync(path);
+  } catch (error) {
+    const errno = (error as NodeJS.ErrnoException).code ?? "EIO";
+    const hint = errno === "ENOENT" ? "check the path; truncate -s 1G FILE makes an image" : "";
+    throw new UblkError({ errno, operation: `open ${path}`, ...(hint && { hint }), cause: error });
+  }
+}
+
+function openError(path: string, result: number, options: LoopOptions): UblkError {
+  const errno = errnoName(-result);
+  const hints: Record<string, string> = {
+    EACCES: options.readOnly ? "check its permissions" : "to serve it read-only, add --ro",
+    EPERM: "to serve it read-only, add --ro",
+    EROFS: "to serve it read-only, add --ro",
+    ETXTBSY: "it is being executed",
+    EBUSY: "it is mounted or in use; unmount it, or add --force if you are sure",
+  };
+  const hint = hints[errno];
+  return UblkError.from(result, `open ${path}`, hint ? { hint } : {});
+}
+
+function backingOf(
+  fd: number,
+  isBlockDevice: boolean,
+  stat: Stats,
+  direct: boolean,
+  note: string | undefined,
+  context: OpenContext,
+): Backing {
+  const { native } = context.shim;
+  const answer = new BigUint64Array(1);
+  const ask = (request: number) => {
+    const result = isBlockDevice ? native.ubd_ioctl(fd, request, answer) : 0;
+    if (result < 0) throw UblkError.from(result, "read the size of the block device");
+    return Number(answer[0]!);
+  };
+  const bytes = isBlockDevice ? ask(BLKGETSIZE64) : stat.size;
+  answer[0] = 0n;
+  const sectorBytes = isBlockDevice ? ask(BLKSSZGET) : 512;
+  return { fd, isBlockDevice, bytes, sectorBytes, direct, note };
+}
+
+/** Why direct I/O cannot serve every block of this device; undefined when it can. */
+function directObstacle(
+  fd: number,
+  options: LoopOptions,
+  isBlockDevice: boolean,
+  context: OpenContext,
+): string | undefined {
+  const { native } = context.shim;
+  const statx = new Uint8Array(256);
+  const view = new DataView(statx.buffer);
+  const known = native.ubd_statx(fd, STATX_DIOALIGN, statx) === 0 &&
+    (view.getUint32(0, true) & STATX_DIOALIGN) !== 0;
+  const unit = options.blockBytes ?? (isBlockDevice ? view.getUint32(156, true) : 512);
+  const offset = options.offsetBytes ?? 0;
+  if (known) {
+    const [memoryAlign, offsetAlign] = [view.getUint32(152, true), view.getUint32(156, true)];
+    if (offsetAlign === 0) return "the file system refuses direct I/O";
+    if (memoryAlign > 4096) return `direct I/O needs memory aligned to ${memoryAlign} bytes`;
+    if (offsetAlign > unit) {
+      return `direct I/O needs blocks of ${offsetAlign} bytes; --block-size ${offsetAlign} has them`;
+    }
+    if (offset % offsetAlign) return `the offset is no multiple of ${offsetAlign}`;
+  }
+  // The proof: some file systems know no better, or answer EINVAL only when it is tried.
+  const read = native.ubd_probe_read(fd, unit || 512, offset);
+  return read < 0 ? `direct I/O of ${unit || 512} bytes fails: ${errnoName(-read)}` : undefined;
+}
+
+/** One writer, or many readers. The lock ends with the server, however it ends. */
+function lock(path: string, fd: number, options: LoopOptions, { shim }: OpenContext): void {
+  if (options.force) return;
+  const hint = "another process serves or uses it; stop that one, or add --force if you are sure";
+  const operation = (options.readOnly ? LOCK_SH : LOCK_EX) | LOCK_NB;
+  const result = shim.native.ubd_flock(fd, operation);
+  if (result === -ERRNO.EAGAIN) {
+    throw new UblkError({ errno: "EBUSY", operation: `lock ${path}`, hint });
+  }
+  const taken = options.readOnly ? undefined : kernelLoopOn(path);
+  if (taken) {
+    throw new UblkError({
+      errno: "EBUSY",
+      operation: `lock ${path}`,
+      hint: `${taken} has it as backing file; losetup -d ${taken}, or add --force if you are sure`,
+    });
+  }
+}
+
+/** The kernel's loop driver takes no lock. @returns /dev/loopN on this very file. */
+function kernelLoopOn(path: string): string | undefined {
+  for (const name of readdirOrEmpty("/sys/block")) {
+    if (!name.startsWith("loop")) continue;
+    try {
+      const backing = readFileSync(`/sys/block/${name}/loop/backing_file`, "utf8").trimEnd();
+      const [a, b] = [statSync(backing), statSync(path)];
+      if (a.dev === b.dev && a.ino === b.ino) return `/dev/${name}`;
+    } catch { /* unbound, or its file is gone */ }
+  }
+  return undefined;
+}
+
+function readdirOrEmpty(path: string): string[] {
+  try {
+    return readdirSync(path);
+  } catch {
+    return [];
+  }
+}
+
+/** Cuts the device out of the backing. @throws {UsageError} an extent that is not there. */
+function measure(options: LoopOptions, backing: Backing) {
+  const { file: path, offsetBytes = 0 } = options;
+  const blockBytes = options.blockBytes ?? backing.sectorBytes;
+  const notes: string[] = [];
+  if (backing.bytes === 0) {
+    throw new UsageError(
+      `Cannot serve ${path}: it is empty (truncate -s 1G ${path} gives it a size)`,
+    );
+  }
+  if (offsetBytes % blockBytes) {
+    throw new UsageError(`Offset ${offsetBytes}: it must be a multiple of ${blockBytes} bytes`);
+  }
+  const available = backing.bytes - offsetBytes;
+  if (available <= 0) {
+    throw new UsageError(`Offset ${offsetBytes}: ${path} ends at ${backing.bytes} bytes`);
+  }
+  if (available < 512) {
+    throw new UsageError(
+      `Cannot serve ${path}: ${available} bytes from offset ${offsetBytes} are less than a sector`,
+    );
+  }
+  const wanted = options.sizeBytes ?? available;
+  if (wanted > available) {
+    throw new UsageError(
+      `Size ${wanted}: ${path} has ${available} bytes from offset ${offsetBytes} ` +
+        "(truncate -s makes it larger)",
+    );
+  }
+  if (options.sizeBytes !== undefined && wanted % blockBytes) {
+    throw new UsageError(`Size ${wanted}: it must be a multiple of ${blockBytes} bytes`);
+  }
+  const sizeBytes = Math.ceil(wanted / blockBytes) * blockBytes;
+  if (sizeBytes !== wanted) {
+    if (backing.isBlockDevice) {
+      throw new UsageError(
+        `Block size ${blockBytes}: ${path} has ${wanted} bytes, no multiple of it`,
+      );
+    }
+    notes.push(
+      `the last block has ${
+        wanted % blockBytes
+      } bytes of the file and reads as zeroes behind them` +
+        (options.readOnly ? "" : "; writing it lets the file grow"),
+    );
+  }
+  return { offsetBytes, sizeBytes, blockBytes, notes };
+}
+
+/** Smallest hole the backing can punch, in bytes; 0 when it cannot. */
+function discardUnit(backing: Backing, path: string, { shim }: OpenContext): number {
+  if (backing.isBlockDevice) {
+    const { rdev } = statSync(path);
+    const directory = `/sys/dev/block/${rdev >> 8 & 0xfff}:${rdev & 0xff | rdev >> 12 & 0xfff00}`;
+    const limit = (name: string) => {
+      for (const queue of [`${directory}/queue`, `${directory}/../queue`]) {
+        try {
+          return Number(readFileSync(`${queue}/${name}`, "utf8"));
+        } catch { /* a partition has its disk's queue */ }
+      }
+      return 0;
+    };
+    // fallocate on a block device zeroes with the device's own command, or refuses.
+    const able = limit("discard_max_bytes") > 0 && limit("write_zeroes_max_bytes") > 0;
+    return able ? Math.max(limit("discard_granularity"), backing.sectorBytes) : 0;
+  }
+  // A hole behind the end of the file touches no data.
+  const behind = Math.ceil(backing.bytes / 4096) * 4096;
+  const mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+  return shim.native.ubd_fallocate(backing.fd, mode, behind, 4096) === 0 ? 4096 : 0;
+}
+
+/** A request's second half, when it has one. */
+const SYNCING = 1;
+const ZEROING = 2;
+
+/** Unexpected, but the kernel may ask for patience; more than this is an error. */
+const RETRIES_MAX = 64;
+
+class LoopHandler implements RequestHandler {
+  readonly #spec: LoopSpec;
+  readonly #log: (text: string) => void;
+  readonly #ioBytesMax: number;
+  /** Bytes of the request that are done. */
+  readonly #done: Float64Array;
+  readonly #phase: Uint8Array;
+  readonly #retries: Uint8Array;
+
+  constructor(spec: LoopSpec, { depth, ioBytesMax, log }: ServeContext) {
+    this.#spec = spec;
+    this.#log = log;
+    this.#ioBytesMax = ioBytesMax;
+    this.#done = new Float64Array(depth);
+    this.#phase = new Uint8Array(depth);
+    this.#retries = new Uint8Array(depth);
+  }
+
+  handle(queue: Queue, tag: number): void {
+    this.#done[tag] = 0;
+    this.#phase[tag] = 0;
+    this.#retries[tag] = 0;
+    this.#begin(queue, tag);
+  }
+
+  /** Starts the file operation for what is left of the request. */
+  #begin(queue: Queue, tag: number): void {
+    const { fd, offsetBytes, alwaysDurable } = this.#spec;
+    const done = this.#done[tag]!;
+    const at = offsetBytes + queue.offset(tag) + done;
+    const left = queue.bytes(tag) - done;
+    if (this.#phase[tag] === SYNCING) return queue.fsync(tag, fd, IORING_FSYNC_DATASYNC);
+    if (this.#phase[tag] === ZEROING) {
+      return queue.write(tag, fd, 0, Math.min(left, this.#ioBytesMax), at, 0);
+    }
+    switch (queue.op(tag)) {
+      case UBLK_IO_OP_READ:
+        return queue.read(tag, fd, done, left, at);
+      case UBLK_IO_OP_WRITE: {
+        const durable = alwaysDurable || (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
+        return queue.write(tag, fd, done, left, at, durable ? RWF_DSYNC : 0);
+      }
+      case UBLK_IO_OP_FLUSH:
+        return queue.fsync(tag, fd, IORING_FSYNC_DATASYNC);
+      case UBLK_IO_OP_DISCARD:
+        return queue.fallocate(tag, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, left);
+      case UBLK_IO_OP_WRITE_ZEROES: {
+        const keep = (queue.flags(tag) & UBLK_IO_F_NOUNMAP) !== 0;
+        const mode = keep ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE;
+        return queue.fallocate(tag, fd, mode | FALLOC_FL_KEEP_SIZE, at, left);
+      }
+      default:
+        return queue.commit(tag, -ERRNO.EOPNOTSUPP);
+    }
+  }
+
+  resume(queue: Queue, tag: number, result: number): void {
+    if (result === -ERRNO.EAGAIN || result === -ERRNO.EINTR) {
+      if (this.#retries[tag]!++ < RETRIES_MAX) return this.#begin(queue, tag);
+    }
+    if (this.#phase[tag] === SYNCING) return this.#finish(queue, tag, result);
+    if (this.#phase[tag] === ZEROING) return this.#wrote(queue, tag, result);
+    switch (queue.op(tag)) {
+      case UBLK_IO_OP_READ:
+        return this.#read(queue, tag, result);
+      case UBLK_IO_OP_WRITE:
+        return this.#wrote(queue, tag, result);
+      case UBLK_IO_OP_DISCARD:
+        // A hint: a backing that cannot has kept its data, which is allowed.
+        return this.#finish(queue, tag, result === -ERRNO.EOPNOTSUPP ? 0 : result);
+      case UBLK_IO_OP_WRITE_ZEROES:
+        return this.#zeroed(queue, tag, result);
+      default:
+        return this.#finish(queue, tag, result);
+    }
+  }
+
+  #read(queue: Queue, tag: number, result: number): void {
+    if (result < 0) return this.#finish(queue, tag, result);
+    const done = this.#done[tag]! += result;
+    const bytes = queue.bytes(tag);
+    if (done === bytes) return queue.commit(tag, bytes);
+    const { offsetBytes, endBytes, path } = this.#spec;
+    if (offsetBytes + queue.offset(tag) + done >= endBytes) {
+      queue.fillZero(tag, done, bytes);
+      return queue.commit(tag, bytes);
+    }
+    if (result > 0) return this.#begin(queue, tag);
+    this.#log(`${path} was cut short while in use: reads behind its new end fail`);
+    queue.commit(tag, -ERRNO.EIO);
+  }
+
+  #wrote(queue: Queue, tag: number, result: number): void {
+    if (result <= 0) return this.#finish(queue, tag, result === 0 ? -ERRNO.EIO : result);
+    const done = this.#done[tag]! += result;
+    if (done < queue.bytes(tag)) return this.#begin(queue, tag);
+    this.#synced(queue, tag);
+  }
+
+  #zeroed(queue: Queue, tag: number, result: number): void {
+    if (result !== -ERRNO.EOPNOTSUPP) {
+      return result < 0 ? this.#finish(queue, tag, result) : this.#synced(queue, tag);
+    }
+    this.#phase[tag] = ZEROING;
+    queue.fillZero(tag, 0, Math.min(queue.bytes(tag), this.#ioBytesMax));
+    this.#begin(queue, tag);
+  }
+
+  /** The data is written; FUA on anything but a plain WRITE needs a sync of its own. */
+  #synced(queue: Queue, tag: number): void {
+    const durable = this.#spec.alwaysDurable || (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
+    const written = queue.op(tag) === UBLK_IO_OP_WRITE;
+    if (!durable || written) return this.#finish(queue, tag, written ? queue.bytes(tag) : 0);
+    this.#phase[tag] = SYNCING;
+    this.#begin(queue, tag);
+  }
+
+  #finish(queue: Queue, tag: number, result: number): void {
+    if (result < 0) {
+      const op = OP_NAMES.get(queue.op(tag)) ?? queue.op(tag);
+      this.#log(`${op} on ${this.#spec.path} fails: ${errnoName(-result)}`);
+    }
+    queue.commit(tag, result);
+  }
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT
+/**
+ * `null`: every request succeeds at once, data is not kept. For measuring and trying out.
+ *
+ * A READ answers with whatever its buffer holds: zeroes, or data written to this device before.
+ * @module
+ */
+
+import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
+import type { TargetType } from "../core/target.ts";
+
+export const NULL_SIZE_DEFAULT = 250 * 1024 ** 3;
+
+export interface NullOptions {
+  sizeBytes?: number;
+  blockBytes?: number;
+}
+
+export const nullTarget: TargetType<NullOptions, null> = {
+  name: "null",
+
+  open({ sizeBytes = NULL_SIZE_DEFAULT, blockBytes = 512 }) {
+    return {
+      limits: {
+        sizeBytes,
+        blockBytes,
+        physicalBlockBytes: Math.max(blockBytes, 4096),
+        readOnly: false,
+        volatileCache: false,
+        discardBytes: blockBytes,
+      },
+      facts: {},
+      notes: [],
+      spec: null,
+      close() {},
+    };
+  },
+
+  serve() {
+    return {
+      handle(queue, tag) {
+        const op = queue.op(tag);
+        const moved = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
+        queue.commit(tag, moved ? queue.bytes(tag) : 0);
+      },
+    };
+  },
+};
