@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT
+/** `ubd add`: makes a device from a target and serves it. @module */
+
+import { resolve } from "node:path";
+import process from "node:process";
+import { Control } from "../core/control.ts";
+import { checkOptions, DEPTH_DEFAULT, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "../core/device.ts";
+import { UsageError } from "../core/error.ts";
+import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
+import { findTarget, TARGET_NAMES } from "../targets/mod.ts";
+import { type Command, Option } from "commander";
+import { describeDevice, dumpDevice } from "./describe.ts";
+import { type Live, serve, type ServerSpec, startServer } from "./server.ts";
+import { formatSize, parseInteger, parseSize } from "./size.ts";
+
+interface AddOptions {
+  type?: string;
+  file?: string;
+  number: number;
+  queues: number;
+  depth: number;
+  maxIoSize: number;
+  size?: number;
+  blockSize?: number;
+  ro?: boolean;
+  buffered?: boolean;
+  buffered_io?: boolean;
+  offset?: number;
+  offsetSectors?: number;
+  force?: boolean;
+  foreground?: boolean;
+  uring_comp?: number;
+  json?: boolean;
+}
+
+const DEVICE = "Device:";
+const TARGET = "Target:";
+
+/** Options that only loop understands, by the name they have in AddOptions. */
+const LOOP_ONLY = ["file", "ro", "buffered", "buffered_io", "offset", "offsetSectors", "force"];
+
+/** `--offset 2048` means sectors to `ublk` and bytes to `losetup`: a unit must say which. */
+function parseOffset(text: string): number {
+  if (/^\d+$/.test(text) && text !== "0") {
+    throw new UsageError(
+      `Offset "${text}": say ${text}s for sectors (what ublk means) or ${text}B for bytes`,
+    );
+  }
+  return parseSize(text, "Offset");
+}
+
+function absentFeature(flag: string): (value: string) => number {
+  return (value) => {
+    if (value === "0") return 0;
+    throw new UsageError(`${flag} ${value}: ubd does not support this yet; leave it out`);
+  };
+}
+
+export function defineAdd(program: Command): void {
+  const option = (flags: string, description: string, group: string) =>
+    new Option(flags, description).helpGroup(group);
+  const integer = (what: string) => (text: string) => parseInteger(text, what);
+  const size = (what: string) => (text: string) => parseSize(text, what);
+
+  program.command("add")
+    .summary("make a block device and serve it")
+    .description(
+      "Makes a block device and serves it in the background until it is deleted.\n\n" +
+        "  ubd add null              a device that keeps nothing\n" +
+        "  ubd add loop disk.img     a file, or a block device, as a device\n\n" +
+        "Prints the device on standard output once it is LIVE.",
+    )
+    .argument("[target]", TARGET_NAMES.join(" or "))
+    .argument("[file]", "loop: the file or block device")
+    .addOption(
+      option("-n, --number <id>", "device id; -1: the next free one", DEVICE)
+        .default(-1).argParser(integer("Device id")),
+    )
+    .addOption(
+      option("-q, --queues <count>", "hardware queues, a thread each", DEVICE)
+        .default(QUEUES_DEFAULT).argParser(integer("Number of queues")),
+    )
+    .addOption(
+      option("-d, --depth <count>", "requests in flight for each queue", DEVICE)
+        .default(DEPTH_DEFAULT).argParser(integer("Queue depth")),
+    )
+    .addOption(
+      option("--max-io-size <size>", "largest request", DEVICE)
+        .default(IO_BYTES_DEFAULT, formatSize(IO_BYTES_DEFAULT)).argParser(size("Largest I/O")),
+    )
+    .addOption(option("--foreground", "serve here until Ctrl-C, then delete the device", DEVICE))
+    .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
+    .addOption(option("-f, --file <path>", "loop: the file or block device", TARGET))
+    .addOption(
+      option(
+        "--size <size>",
+        `size of the device; null: ${formatSize(NULL_SIZE_DEFAULT)}, loop: up to the file's end`,
+        TARGET,
+      ).argParser(size("Size")),
+    )
+    .addOption(
+      option("--block-size <size>", "logical block: 512 to 4096; files: 512", TARGET)
+        .argParser(size("Block size")),
+    )
+    .addOption(
+      option("--offset <size>", "loop: where the device starts, with a unit", TARGET)
+        .argParser(parseOffset),
+    )
+    .addOption(
+      option("-o <sectors>", "loop: the same in sectors of 512 bytes", TARGET)
+        .argParser(integer("Offset in sectors")).conflicts("offset"),
+    )
+    .addOption(option("--ro", "loop: read-only; the file is never written", TARGET))
+    .addOption(option("--buffered", "loop: through the page cache, not direct I/O", TARGET))
+    .addOption(option("--force", "loop: though the file is locked or in use", TARGET))
+    .addOption(new Option("--buffered_io").hideHelp())
+    .addOption(new Option("--max_io_buf_bytes <bytes>").argParser(size("Largest I/O")).hideHelp())
+    .addOption(new Option("-u, --uring_comp <0|1>").argParser(integer("-u")).hideHelp())
+    .addOption(new Option("-g, --need_get_data <0|1>").argParser(absentFeature("-g")).hideHelp())
+    .addOption(new Option("-r, --user_recovery <0|1>").argParser(absentFeature("-r")).hideHelp())
+    .addOption(
+      new Option("-i, --user_recovery_reissue <0|1>").argParser(absentFeature("-i")).hideHelp(),
+    )
+    .addOption(
+      new Option("-e, --user_recovery_fail_io <0|1>").argParser(absentFeature("-e")).hideHelp(),
+    )
+    .action(add);
+}
+
+async function add(
+  target: string | undefined,
+  file: string | undefined,
+  options: AddOptions & { o?: number; max_io_buf_bytes?: number },
+): Promise<void> {
+  if (options.o !== undefined) options.offsetSectors = options.o;
+  const spec = toSpec(target, file, {
+    ...options,
+    maxIoSize: options.max_io_buf_bytes ?? options.maxIoSize,
+  });
+  if (options.foreground) {
+    const log = (text: string) => process.stderr.write(`ubd: ${text}\n`);
+    let shown: Promise<void> | undefined;
+    await serve(spec, log, () => {}, (live) => shown = show(live, options));
+    await shown;
+  } else {
+    await show(await startServer(spec), options);
+  }
+}
+
+function toSpec(
+  target: string | undefined,
+  file: string | undefined,
+  options: AddOptions,
+): ServerSpec {
+  if (options.type !== undefined && target !== undefined) {
+    throw new UsageError(`Name the target once: "${target}", or -t ${options.type}`);
+  }
+  const name = options.type ?? target;
+  if (name === undefined) {
+    throw new UsageError(`Which target? ubd add ${TARGET_NAMES.join(" ... or ubd add ")} ...`);
+  }
+  findTarget(name);
+  if (file !== undefined && options.file !== undefined) {
+    throw new UsageError(`Name the file once: "${file}", or -f ${options.file}`);
+  }
+  const device = {
+    id: options.number,
+    queues: options.queues,
+    depth: options.depth,
+    ioBytesMax: options.maxIoSize,
+    compInTask: options.uring_comp === 1,
+  };
+  checkOptions(device);
+  const common = {
+    ...(options.size !== undefined && { sizeBytes: options.size }),
+    ...(options.blockSize !== undefined && { blockBytes: options.blockSize }),
+  };
+  const path = file ?? options.file;
+  if (name !== "loop") {
+    const given = LOOP_ONLY.find((key) => options[key as keyof AddOptions] !== undefined);
+    if (given !== undefined || path !== undefined) {
+      throw new UsageError(`Target ${name} has no --${given ?? "file"}: that is for loop`);
+    }
+    return { device, target: { name, options: common } };
+  }
+  if (path === undefined) throw new UsageError("Which file? ubd add loop FILE");
+  const offsetBytes = options.offset ?? (options.offsetSectors ?? 0) * 512;
+  if (offsetBytes < 0) throw new UsageError(`Offset ${offsetBytes}: it must not be negative`);
+  return {
+    device,
+    target: {
+      name,
+      options: {
+        ...common,
+        // The server's working directory is another one.
+        file: resolve(path),
+        offsetBytes,
+        readOnly: options.ro ?? false,
+        buffered: (options.buffered || options.buffered_io) ?? false,
+        force: options.force ?? false,
+      },
+    },
+  };
+}
+
+async function show(live: Live, { json }: AddOptions): Promise<void> {
+  using control = await Control.open();
+  const facts = await describeDevice(control, live.id);
+  if (json) {
+    console.log(JSON.stringify({ ...facts, notes: live.notes }));
+    return;
+  }
+  process.stdout.write(dumpDevice(facts));
+  const notes = [formatSize(facts.sizeBytes), facts.readOnly ? "read-only" : "", ...live.notes];
+  process.stderr.write(`ubd: ${live.path} is live: ${notes.filter(Boolean).join(", ")}\n`);
+}

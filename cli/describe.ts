@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT
+/**
+ * What is known of a device, and how it is printed: for people and scripts that know `ublk`
+ * (dumpDevice, the same lines), and as JSON.
+ * @module
+ */
+
+import { readdirSync } from "node:fs";
+import type { Control } from "../core/control.ts";
+import { UblkError } from "../core/error.ts";
+import { type DeviceState, readState } from "../core/state.ts";
+import { UBLK_ATTR_READ_ONLY } from "../abi/ublk_cmd.ts";
+
+export interface DeviceFacts {
+  id: number;
+  path: string;
+  charPath: string;
+  state: string;
+  queues: number;
+  depth: number;
+  blockBytes: number;
+  sizeBytes: number;
+  readOnly: boolean;
+  maxIoBytes: number;
+  /** Process that serves it, -1 when there is none. */
+  pid: number;
+  flags: string;
+  features: string[];
+  char: string;
+  block: string;
+  owner: { uid: number; gid: number };
+  queueThreads: DeviceState["queues"];
+  target: Record<string, string | number | boolean>;
+}
+
+/** Names as `ublk list` prints them. Bit 11 is called by what it automates. */
+const FLAG_NAMES = [
+  "SUPPORT_ZERO_COPY",
+  "URING_CMD_COMP_IN_TASK",
+  "NEED_GET_DATA",
+  "RECOVERY",
+  "RECOVERY_REISSUE",
+  "UNPRIVILEGED_DEV",
+  "CMD_IOCTL_ENCODE",
+  "USER_COPY",
+  "ZONED",
+  "RECOVERY_FAIL_IO",
+  "UPDATE_SIZE",
+  "AUTO_ZC",
+  "QUIESCE",
+  "PER_IO_DAEMON",
+  "BUF_REG_OFF_DAEMON",
+  "BATCH_IO",
+  "INTEGRITY",
+  "SAFE_STOP_DEV",
+  "NO_AUTO_PART_SCAN",
+  "SHMEM_ZC",
+];
+
+/** `ublk features` calls four of them by another name. */
+const FEATURE_NAMES: Record<string, string> = {
+  SUPPORT_ZERO_COPY: "ZERO_COPY",
+  URING_CMD_COMP_IN_TASK: "COMP_IN_TASK",
+  NEED_GET_DATA: "GET_DATA",
+  RECOVERY: "USER_RECOVERY",
+};
+
+const STATES = ["DEAD", "LIVE", "QUIESCED", "FAIL_IO"];
+
+function setBits(bits: bigint): number[] {
+  return Array.from({ length: 64 }, (_, bit) => bit).filter((bit) => bits >> BigInt(bit) & 1n);
+}
+
+/** Ids of the devices in the driver, in order. */
+export function deviceIds(control: Control): number[] {
+  const { charClass } = control.dialect;
+  const prefix = control.dialect.charName(0).slice(0, -1);
+  try {
+    const names = readdirSync(`/sys/class/${charClass}`).filter((name) => name.startsWith(prefix));
+    return names.map((name) => Number(name.slice(prefix.length))).sort((a, b) => a - b);
+  } catch {
+    return [];
+  }
+}
+
+/** @throws {UblkError} ENODEV: no device has this id. */
+export async function describeDevice(control: Control, id: number): Promise<DeviceFacts> {
+  const info = await control.getDeviceInfo(id);
+  const params = control.dialect.hasParams ? await control.getParams(id) : undefined;
+  const state = readState(id);
+  const served = state !== undefined && state.pid === info.pid;
+  return {
+    id,
+    path: control.dialect.blockPath(id),
+    charPath: control.dialect.charPath(id),
+    state: STATES[info.state] ?? "UNKNOWN",
+    queues: info.queues,
+    depth: info.depth,
+    blockBytes: params ? 2 ** params.basic.logical_bs_shift : 0,
+    sizeBytes: params ? Number(params.basic.dev_sectors) * 512 : 0,
+    readOnly: params ? (params.basic.attrs & UBLK_ATTR_READ_ONLY) !== 0 : false,
+    maxIoBytes: info.maxIoBytes,
+    pid: info.pid,
+    flags: `0x${info.flags.toString(16)}`,
+    features: setBits(info.flags).map((bit) => FLAG_NAMES[bit] ?? `BIT_${bit}`),
+    char: `${params?.devt.char_major ?? 0}:${params?.devt.char_minor ?? 0}`,
+    block: `${params?.devt.disk_major ?? 0}:${params?.devt.disk_minor ?? 0}`,
+    owner: { uid: info.ownerUid, gid: info.ownerGid },
+    queueThreads: served ? state.queues : [],
+    target: served ? state.target : {},
+  };
+}
+
+/** Several devices; one that vanishes meanwhile is left out. */
+export async function describeAll(control: Control): Promise<DeviceFacts[]> {
+  const all = [];
+  for (const id of deviceIds(control)) {
+    try {
+      all.push(await describeDevice(control, id));
+    } catch (error) {
+      if (!(error instanceof UblkError && error.errno === "ENODEV")) throw error;
+    }
+  }
+  return all;
+}
+
+/** The lines of `ublk list`, to the letter. */
+export function dumpDevice(facts: DeviceFacts): string {
+  const { owner } = facts;
+  const flags = facts.features.map((name) => ` ${name}`).join("");
+  const lines = [
+    `dev id ${facts.id}: nr_hw_queues ${facts.queues} queue_depth ${facts.depth} ` +
+    `block size ${facts.blockBytes} dev_capacity ${facts.sizeBytes / 512}`,
+    `\tmax rq size ${facts.maxIoBytes} daemon pid ${facts.pid} state ${facts.state}`,
+    `\tflags ${facts.flags} [${flags} ]`,
+    `\tublkc: ${facts.char} ublkb: ${facts.block} owner: ${owner.uid}:${owner.gid}`,
+    ...facts.queueThreads.map(({ qid, tid, affinity }) =>
+      `\tqueue ${qid}: tid ${tid} affinity(${affinity.map((cpu) => `${cpu} `).join("")})`
+    ),
+  ];
+  if (facts.target.name !== undefined) {
+    const sorted = Object.entries({ ...facts.target, type: 0 }).sort(([a], [b]) => a < b ? -1 : 1);
+    lines.push(`\ttarget ${JSON.stringify(Object.fromEntries(sorted))}`);
+  }
+  return `${lines.join("\n")}\n`;
+}
+
+/** Names of the driver's features, as `ublk features` spells them. */
+export function featureNames(features: bigint): string[] {
+  return setBits(features).map((bit) => {
+    const name = FLAG_NAMES[bit] ?? "unknown";
+    return FEATURE_NAMES[name] ?? name;
+  });
+}
+
+/** The lines of `ublk features`. */
+export function dumpFeatures(features: bigint): string {
+  const names = featureNames(features);
+  const lines = setBits(features).map((bit, index) =>
+    `\t${names[index]!.padEnd(20)}: 0x${(1n << BigInt(bit)).toString(16)}\n`
+  );
+  return `ublk_drv features: 0x${features.toString(16)}\n${lines.join("")}`;
+}

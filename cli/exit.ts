@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+/**
+ * Exit codes, and how failures are told: one line on standard error, and with --json an object on
+ * standard output too. The codes are a contract with scripts (README, "Shell scripting").
+ * @module
+ */
+
+import process from "node:process";
+import { UblkError, UsageError } from "../core/error.ts";
+
+export const EXIT = {
+  OK: 0,
+  FAILURE: 1,
+  USAGE: 2,
+  NO_DEVICE: 3,
+  BUSY: 4,
+  PERMISSION: 5,
+  NO_DRIVER: 6,
+  TIMEOUT: 7,
+  BUG: 70,
+} as const;
+
+/** For `ubd help` and the README. */
+export const EXIT_MEANINGS: readonly (readonly [number, string])[] = [
+  [EXIT.OK, "done"],
+  [EXIT.FAILURE, "the kernel or the backing refused"],
+  [EXIT.USAGE, "wrong arguments; nothing was tried"],
+  [EXIT.NO_DEVICE, "no device with that id"],
+  [EXIT.BUSY, "in use: image locked, id taken, device held"],
+  [EXIT.PERMISSION, "not allowed: run as root"],
+  [EXIT.NO_DRIVER, "no driver, or io_uring is off"],
+  [EXIT.TIMEOUT, "the kernel did not answer in time"],
+  [EXIT.BUG, "a bug in ubd"],
+];
+
+const BY_ERRNO: Record<string, number> = {
+  ENODEV: EXIT.NO_DEVICE,
+  EBUSY: EXIT.BUSY,
+  EEXIST: EXIT.BUSY,
+  EPERM: EXIT.PERMISSION,
+  EACCES: EXIT.PERMISSION,
+  ETIMEDOUT: EXIT.TIMEOUT,
+};
+
+function exitCode(error: unknown): number {
+  if (error instanceof UsageError) return EXIT.USAGE;
+  if (!(error instanceof UblkError)) return EXIT.BUG;
+  const absent = ["ENOENT", "ENXIO", "ENODEV"].includes(error.errno);
+  if (error.operation === "open the control device" && absent) return EXIT.NO_DRIVER;
+  if (error.operation === "set up a ring") return EXIT.NO_DRIVER;
+  return BY_ERRNO[error.errno] ?? EXIT.FAILURE;
+}
+
+/** A failure as plain JSON, so that the server process can hand it to `ubd add`. */
+export interface Failure {
+  message: string;
+  exitCode: number;
+  errno?: string;
+  operation?: string;
+  device?: number;
+  hint?: string;
+}
+
+export function toFailure(error: unknown): Failure {
+  const code = exitCode(error);
+  if (code === EXIT.BUG) {
+    const detail = error instanceof Error ? error.stack ?? error.message : String(error);
+    return { message: `this is a bug in ubd, please report it: ${detail}`, exitCode: code };
+  }
+  const failure: Failure = { message: (error as Error).message, exitCode: code };
+  if (error instanceof UblkError) {
+    failure.errno = error.errno;
+    failure.operation = error.operation;
+    if (error.device !== undefined) failure.device = error.device;
+    if (error.hint !== undefined) failure.hint = error.hint;
+  }
+  return failure;
+}
+
+export function reportFailure(failure: Failure, json: boolean): void {
+  if (json) console.log(JSON.stringify({ error: failure }));
+  process.stderr.write(`ubd: ${failure.message}\n`);
+}

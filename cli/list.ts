@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+/** `ubd list`, `ubd info` and `ubd features`: what the driver and the state files say. @module */
+
+import process from "node:process";
+import type { Command } from "commander";
+import { Control } from "../core/control.ts";
+import { UblkError } from "../core/error.ts";
+import { readState } from "../core/state.ts";
+import { describeAll, describeDevice, dumpDevice, dumpFeatures, featureNames } from "./describe.ts";
+import { formatSize, parseDeviceId, parseInteger } from "./size.ts";
+
+interface ListOptions {
+  number?: number;
+  verbose?: boolean;
+  json?: boolean;
+}
+
+export function defineList(program: Command): void {
+  program.command("list")
+    .summary("show all devices, or one")
+    .description("Shows all devices, or one, as the driver sees them.")
+    .option("-n, --number <id>", "only this device", (text) => parseInteger(text, "Device id"))
+    .option("-v, --verbose", "everything, as indented JSON")
+    .action(list);
+
+  program.command("info")
+    .summary("show one device in words")
+    .argument("<device>", "id, or path such as /dev/ublkb0", parseDeviceId)
+    .action(info);
+
+  program.command("features")
+    .summary("show what the driver can do")
+    .action(features);
+}
+
+async function list({ number, verbose, json }: ListOptions): Promise<void> {
+  using control = await Control.open();
+  const devices = number === undefined
+    ? await describeAll(control)
+    : [await describeDevice(control, number)];
+  if (json) {
+    console.log(JSON.stringify(devices));
+    return;
+  }
+  for (const facts of devices) {
+    if (!verbose) {
+      process.stdout.write(dumpDevice(facts));
+      continue;
+    }
+    const params = control.dialect.hasParams ? await control.getParams(facts.id) : {};
+    const { queueThreads: _, target, ...device } = facts;
+    const queues = Object.fromEntries(facts.queueThreads.map((queue) => [queue.qid, queue]));
+    const plain = (_: string, value: unknown) => typeof value === "bigint" ? Number(value) : value;
+    console.log(JSON.stringify({ dev_info: device, params, queues, target }, plain, 4));
+  }
+}
+
+async function info(id: number, { json }: ListOptions): Promise<void> {
+  using control = await Control.open();
+  const facts = await describeDevice(control, id);
+  if (json) {
+    console.log(JSON.stringify(facts));
+    return;
+  }
+  const served = facts.pid > 0 ? `process ${facts.pid}` : "nobody";
+  const known = readState(id) !== undefined;
+  const lines: [string, string][] = [
+    ["device", `${facts.path} (${facts.block})`],
+    ["state", facts.state],
+    ["size", `${formatSize(facts.sizeBytes)} (${facts.sizeBytes} bytes)`],
+    ["block", `${facts.blockBytes} bytes${facts.readOnly ? ", read-only" : ""}`],
+    ["queues", `${facts.queues} of depth ${facts.depth}, up to ${formatSize(facts.maxIoBytes)}`],
+    ["served by", `${served}${known ? "" : ", not of ubd"}`],
+    ["features", facts.features.join(" ") || "none"],
+    ...Object.entries(facts.target).map(([key, value]): [string, string] => [key, String(value)]),
+  ];
+  for (const [name, value] of lines) process.stdout.write(`${name.padEnd(14)}${value}\n`);
+}
+
+async function features({ json }: ListOptions): Promise<void> {
+  using control = await Control.open();
+  if (control.features === undefined) {
+    throw new UblkError({
+      errno: "EOPNOTSUPP",
+      operation: "GET_FEATURES",
+      hint: "kernels before 6.5 cannot say what their driver can do",
+    });
+  }
+  if (json) {
+    const hex = `0x${control.features.toString(16)}`;
+    console.log(JSON.stringify({ features: hex, names: featureNames(control.features) }));
+  } else {
+    process.stdout.write(dumpFeatures(control.features));
+  }
+}

@@ -1,0 +1,101 @@
+#!/usr/bin/env bun
+// SPDX-License-Identifier: MIT
+/**
+ * The program: verbs, errors, exit codes. In a queue thread of a bundle it does nothing, since
+ * there this file is the thread's entry too.
+ * @module
+ */
+
+import { release } from "node:os";
+import process from "node:process";
+import { Command, CommanderError } from "commander";
+import { isQueueThread } from "../core/queue_thread.ts";
+import { VERSION } from "../core/version.ts";
+import { runtime } from "../ffi/mod.ts";
+import { defineAdd } from "./add.ts";
+import { defineDel } from "./del.ts";
+import { EXIT, EXIT_MEANINGS, reportFailure, toFailure } from "./exit.ts";
+import { defineList } from "./list.ts";
+import { ReportedError, runServer, SERVE_VERB } from "./server.ts";
+
+function defineProgram(): Command {
+  const program = new Command("ubd")
+    .description("Linux block devices served from TypeScript (ublk)")
+    .helpCommand(false)
+    .exitOverride()
+    .configureOutput({ outputError: () => {} }) // reportFailure prints it
+    .showSuggestionAfterError();
+  defineAdd(program);
+  defineDel(program);
+  defineList(program);
+  program.command("version").summary("show versions").action(version);
+  program.command("help")
+    .summary("show help")
+    .argument("[verb]", "what to explain")
+    .action((verb: string | undefined, options: { json?: boolean }) =>
+      help(program, verb, options)
+    );
+  program.option("-v, --version", "show versions");
+  program.action((_, command: Command) => {
+    if (command.args.length > 0) {
+      command.error(`unknown command '${command.args[0]}'`);
+    }
+    if (command.opts().version) return version({});
+    help(program, undefined, {});
+    process.exitCode = EXIT.USAGE;
+  });
+  program.allowExcessArguments(true);
+  for (const command of program.commands) {
+    command.option("--json", "print JSON on standard output");
+  }
+  const codes = EXIT_MEANINGS.map(([code, meaning]) => `  ${String(code).padEnd(4)}${meaning}`);
+  program.addHelpText(
+    "after",
+    `\nSizes: bytes, or 64K, 64M, 64G (x 1024), 64MB (x 1000), 64s (sectors)\n\n` +
+      `Exit codes:\n${codes.join("\n")}`,
+  );
+  return program;
+}
+
+function version({ json }: { json?: boolean }): void {
+  const facts = { version: VERSION, runtime, kernel: release() };
+  if (json) console.log(JSON.stringify(facts));
+  else console.log(`ubd ${VERSION} (${runtime}, Linux ${facts.kernel})`);
+}
+
+function help(program: Command, verb: string | undefined, { json }: { json?: boolean }): void {
+  const command = verb === undefined ? program : program.commands.find((c) => c.name() === verb);
+  if (!command) program.error(`unknown command '${verb}'`);
+  if (!json) return command.outputHelp();
+  const describe = (one: Command): unknown => ({
+    name: one.name(),
+    summary: one.summary() || one.description(),
+    arguments: one.registeredArguments.map((argument) => argument.name()),
+    options: one.options.filter((option) => !option.hidden)
+      .map(({ flags, description }) => ({ flags, description })),
+    commands: one.commands.map(describe),
+  });
+  console.log(JSON.stringify(describe(command)));
+}
+
+async function main(): Promise<number> {
+  if (process.argv[2] === SERVE_VERB) return await runServer();
+  const json = process.argv.includes("--json");
+  try {
+    await defineProgram().parseAsync();
+    return Number(process.exitCode ?? EXIT.OK);
+  } catch (error) {
+    if (error instanceof CommanderError) {
+      if (error.exitCode === 0) return EXIT.OK;
+      const message = error.message.replace(/^error: /, "");
+      reportFailure({ message: `${message}\nTry: ubd help`, exitCode: EXIT.USAGE }, json);
+      return EXIT.USAGE;
+    }
+    const failure = error instanceof ReportedError ? error.failure : toFailure(error);
+    reportFailure(failure, json);
+    return failure.exitCode;
+  }
+}
+
+// Nothing may keep the process once the work is done: exit, do not wait for the event loop.
+if (!isQueueThread) main().then((code) => process.exit(code));

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: MIT
+/**
+ * The process that serves a device, and how `ubd add` starts it.
+ *
+ * `startServer` runs this program again, detached: own session, `/` as working directory, no
+ * inherited descriptors. The spec goes in on standard input, and answers come back on standard
+ * output, one JSON object a line: the device's id once it exists, then `live` or `failed`. A
+ * server that dies in between leaves a device, which the caller deletes.
+ * @module
+ */
+
+import { spawn } from "node:child_process";
+import { appendFileSync } from "node:fs";
+import { text } from "node:stream/consumers";
+import { createInterface } from "node:readline";
+import process from "node:process";
+import { UBLK_F_URING_CMD_COMP_IN_TASK } from "../abi/ublk_cmd.ts";
+import { Control } from "../core/control.ts";
+import { Device, type DeviceOptions } from "../core/device.ts";
+import { UblkError } from "../core/error.ts";
+import { removeState, writeState } from "../core/state.ts";
+import { rerunArguments } from "../ffi/mod.ts";
+import { findTarget } from "../targets/mod.ts";
+import { queueThreadEntry } from "../targets/queue_thread.ts";
+import { EXIT, type Failure, toFailure } from "./exit.ts";
+
+/** Everything `ubd add` was told, checked, as plain JSON. */
+export interface ServerSpec {
+  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax"> & { compInTask: boolean };
+  target: { name: string; options: Record<string, unknown> };
+}
+
+/** The hidden verb that makes a process a server. */
+export const SERVE_VERB = "__serve";
+
+export interface Live {
+  id: number;
+  path: string;
+  notes: readonly string[];
+}
+
+type Answer =
+  | { type: "added"; id: number }
+  | { type: "live"; live: Live }
+  | { type: "failed"; failure: Failure };
+
+/** A failure that another process has already put into words. */
+export class ReportedError extends Error {
+  constructor(readonly failure: Failure) {
+    super(failure.message);
+  }
+}
+
+/**
+ * Serves one device in this process until it is stopped.
+ *
+ * SIGINT and SIGTERM stop and delete it; so does SIGHUP, unless this is a daemon. When another
+ * process stops the device, that one deletes it.
+ *
+ * @param onLive the device is LIVE and its state file written.
+ * @throws what kept it from becoming LIVE, or a queue thread's failure; no device is served then.
+ */
+export async function serve(
+  spec: ServerSpec,
+  log: (text: string) => void,
+  onAdded: (id: number) => void,
+  onLive: (live: Live) => void,
+): Promise<void> {
+  const stopOrdered = Promise.withResolvers<"signal">();
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+    process.on(signal, () => stopOrdered.resolve("signal"));
+  }
+
+  using control = await Control.open();
+  const { hasVolatileCache } = control.dialect;
+  const targetType = findTarget(spec.target.name);
+  const target = targetType.open(spec.target.options, { shim: control.shim, hasVolatileCache });
+  const { compInTask, ...options } = spec.device;
+  const device = await Device.create(control, {
+    ...options,
+    flags: compInTask ? UBLK_F_URING_CMD_COMP_IN_TASK : 0n,
+    targetName: targetType.name,
+    target,
+    queueThreadEntry,
+    onAdded,
+    log,
+  });
+  const { id } = device.info;
+  try {
+    const facts = { name: targetType.name, dev_size: target.limits.sizeBytes, ...target.facts };
+    writeState(id, { pid: process.pid, target: facts, queues: [...device.queues] });
+    onLive({ id, path: device.path, notes: target.notes });
+    const end = await Promise.race([device.ended, stopOrdered.promise]);
+    if (end === "signal") await device.stop();
+    else device.letGo();
+  } catch (error) {
+    // The driver must not wait for a server that cannot go on: this process ends, and with it
+    // every request fails.
+    log(`device ${id} is no longer served: ${(error as Error).message}`);
+    throw error;
+  } finally {
+    removeState(id, process.pid);
+  }
+}
+
+/** The hidden verb's whole program. */
+export async function runServer(): Promise<number> {
+  const spec = JSON.parse(await text(process.stdin)) as ServerSpec;
+  const answer = (message: Answer) => process.stdout.write(`${JSON.stringify(message)}\n`);
+  // The caller is gone once it has its answer; what it left open must not end this process.
+  process.stdout.on("error", () => {});
+  process.stderr.on("error", () => {});
+  try {
+    await serve(
+      spec,
+      logToKernel,
+      (id) => answer({ type: "added", id }),
+      (live) => answer({ type: "live", live }),
+    );
+    return EXIT.OK;
+  } catch (error) {
+    const failure = toFailure(error);
+    answer({ type: "failed", failure });
+    return failure.exitCode;
+  }
+}
+
+/** A daemon has no terminal; the kernel's log is where people look after a disk misbehaves. */
+function logToKernel(message: string): void {
+  try {
+    appendFileSync("/dev/kmsg", `ubd[${process.pid}]: ${message.replaceAll("\n", " | ")}\n`);
+  } catch { /* no permission: nobody to tell */ }
+}
+
+/**
+ * Starts a server process and waits until its device is LIVE.
+ *
+ * @throws {ReportedError} what the server said. @throws {UblkError} it died without a word.
+ */
+export async function startServer(spec: ServerSpec): Promise<Live> {
+  const child = spawn(process.execPath, [...rerunArguments(), SERVE_VERB], {
+    detached: true,
+    cwd: "/",
+    stdio: ["pipe", "pipe", "pipe"],
+  });
+  const interrupt = () => child.kill("SIGTERM");
+  process.on("SIGINT", interrupt);
+  process.on("SIGTERM", interrupt);
+
+  let complaint = "";
+  child.stderr.on("data", (data) => complaint = `${complaint}${data}`.slice(-2000));
+  child.stdin.on("error", () => {});
+  child.stdin.end(JSON.stringify(spec));
+
+  let added: number | undefined;
+  const died = Promise.withResolvers<undefined>();
+  child.on("error", () => died.resolve(undefined));
+  child.on("exit", () => died.resolve(undefined));
+  const answered = (async () => {
+    for await (const line of createInterface({ input: child.stdout })) {
+      const message = JSON.parse(line) as Answer;
+      if (message.type !== "added") return message;
+      added = message.id;
+    }
+    return undefined;
+  })();
+  const outcome = await answered ?? await died.promise;
+  if (outcome?.type === "live") {
+    child.stdout.destroy();
+    child.stderr.destroy();
+    child.unref();
+    return outcome.live;
+  }
+  await died.promise;
+  if (added !== undefined) await deleteLeftover(added);
+  if (outcome) throw new ReportedError(outcome.failure);
+  throw new UblkError({
+    errno: "ESRCH",
+    operation: "start the server",
+    hint: `it ended with ${child.signalCode ?? `code ${child.exitCode}`}` +
+      (complaint ? `: ${complaint.trim()}` : ""),
+  });
+}
+
+/** A server that failed has undone what it did; one that was killed has not. */
+async function deleteLeftover(id: number): Promise<void> {
+  using control = await Control.open();
+  try {
+    await control.stopDevice(id);
+    await control.deleteDevice(id);
+  } catch (error) {
+    if (!(error instanceof UblkError && error.errno === "ENODEV")) throw error;
+  }
+}
