@@ -83,10 +83,21 @@ export function deviceIds(control: Control): number[] {
   }
 }
 
+/** Another server may be in the middle of adding the device: it has no parameters yet. */
+async function knownParams(control: Control, id: number) {
+  if (!control.dialect.hasParams) return undefined;
+  try {
+    return await control.getParams(id);
+  } catch (error) {
+    if (error instanceof UblkError && error.errno === "EINVAL") return undefined;
+    throw error;
+  }
+}
+
 /** @throws {UblkError} ENODEV: no device has this id. */
 export async function describeDevice(control: Control, id: number): Promise<DeviceFacts> {
   const info = await control.getDeviceInfo(id);
-  const params = control.dialect.hasParams ? await control.getParams(id) : undefined;
+  const params = await knownParams(control, id);
   const state = readState(id);
   const served = state !== undefined && state.pid === info.pid;
   return {

@@ -6,7 +6,7 @@
  */
 
 import process from "node:process";
-import { UblkError, UsageError } from "../core/error.ts";
+import { UblkError, type UblkErrorDetails, UsageError } from "../core/error.ts";
 
 export const EXIT = {
   OK: 0,
@@ -18,6 +18,7 @@ export const EXIT = {
   NO_DRIVER: 6,
   TIMEOUT: 7,
   BUG: 70,
+  INTERRUPTED: 130,
 } as const;
 
 /** For `ubd help` and the README. */
@@ -31,6 +32,7 @@ export const EXIT_MEANINGS: readonly (readonly [number, string])[] = [
   [EXIT.NO_DRIVER, "no driver, or io_uring is off"],
   [EXIT.TIMEOUT, "the kernel did not answer in time"],
   [EXIT.BUG, "a bug in ubd"],
+  [EXIT.INTERRUPTED, "interrupted; nothing is left"],
 ];
 
 const BY_ERRNO: Record<string, number> = {
@@ -52,13 +54,9 @@ function exitCode(error: unknown): number {
 }
 
 /** A failure as plain JSON, so that the server process can hand it to `ubd add`. */
-export interface Failure {
+export interface Failure extends Partial<UblkErrorDetails> {
   message: string;
   exitCode: number;
-  errno?: string;
-  operation?: string;
-  device?: number;
-  hint?: string;
 }
 
 export function toFailure(error: unknown): Failure {
@@ -67,14 +65,8 @@ export function toFailure(error: unknown): Failure {
     const detail = error instanceof Error ? error.stack ?? error.message : String(error);
     return { message: `this is a bug in ubd, please report it: ${detail}`, exitCode: code };
   }
-  const failure: Failure = { message: (error as Error).message, exitCode: code };
-  if (error instanceof UblkError) {
-    failure.errno = error.errno;
-    failure.operation = error.operation;
-    if (error.device !== undefined) failure.device = error.device;
-    if (error.hint !== undefined) failure.hint = error.hint;
-  }
-  return failure;
+  const failure = { message: (error as Error).message, exitCode: code };
+  return error instanceof UblkError ? { ...failure, ...error.details } : failure;
 }
 
 export function reportFailure(failure: Failure, json: boolean): void {

@@ -86,10 +86,20 @@ export async function serve(
     log,
   });
   const { id } = device.info;
+  const notes = [...target.notes];
+  if (device.info.queues < options.queues) {
+    notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);
+  }
+  const facts = { name: targetType.name, dev_size: target.limits.sizeBytes, ...target.facts };
   try {
-    const facts = { name: targetType.name, dev_size: target.limits.sizeBytes, ...target.facts };
     writeState(id, { pid: process.pid, target: facts, queues: [...device.queues] });
-    onLive({ id, path: device.path, notes: target.notes });
+  } catch (error) {
+    await device.stop();
+    const { code = "EIO", message } = error as NodeJS.ErrnoException;
+    throw new UblkError({ errno: code, operation: "write the state file", hint: message });
+  }
+  try {
+    onLive({ id, path: device.path, notes });
     const end = await Promise.race([device.ended, stopOrdered.promise]);
     if (end === "signal") await device.stop();
     else device.letGo();
@@ -143,7 +153,11 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
     cwd: "/",
     stdio: ["pipe", "pipe", "pipe"],
   });
-  const interrupt = () => child.kill("SIGTERM");
+  let interrupted = false;
+  const interrupt = () => {
+    interrupted = true;
+    child.kill("SIGTERM");
+  };
   process.on("SIGINT", interrupt);
   process.on("SIGTERM", interrupt);
 
@@ -165,7 +179,7 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
     return undefined;
   })();
   const outcome = await answered ?? await died.promise;
-  if (outcome?.type === "live") {
+  if (outcome?.type === "live" && !interrupted) {
     child.stdout.destroy();
     child.stderr.destroy();
     child.unref();
@@ -173,7 +187,10 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
   }
   await died.promise;
   if (added !== undefined) await deleteLeftover(added);
-  if (outcome) throw new ReportedError(outcome.failure);
+  if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
+  if (interrupted) {
+    throw new ReportedError({ message: "interrupted", exitCode: EXIT.INTERRUPTED });
+  }
   throw new UblkError({
     errno: "ESRCH",
     operation: "start the server",

@@ -52,6 +52,12 @@ export class UblkError extends Error {
     this.hint = advice;
   }
 
+  /** What makes the same error again, without its cause: plain data. */
+  get details(): UblkErrorDetails {
+    const { errno, operation, device, hint } = this;
+    return { errno, operation, ...(device !== undefined && { device }), ...(hint && { hint }) };
+  }
+
   /** From a shim call's or a completion's negative result. */
   static from(
     result: number,

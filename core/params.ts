@@ -8,7 +8,7 @@ import {
   UBLK_ATTR_VOLATILE_CACHE,
   UBLK_PARAM_TYPE_BASIC,
   UBLK_PARAM_TYPE_DISCARD,
-  UBLK_PARAMS,
+  type UBLK_PARAMS,
 } from "../abi/ublk_cmd.ts";
 import { UsageError } from "./error.ts";
 import { SECTOR_BYTES } from "./queue.ts";

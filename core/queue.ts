@@ -32,7 +32,7 @@ import {
   RECORD_BYTES,
   type Shim,
 } from "../ffi/mod.ts";
-import { assert } from "./assert.ts";
+import { assert, AssertionError } from "./assert.ts";
 import { UblkError } from "./error.ts";
 import type { RequestHandler } from "./target.ts";
 
@@ -191,6 +191,7 @@ export class Queue implements Disposable {
    */
   run(handler: RequestHandler, woken: () => boolean, failed: (error: unknown) => void): void {
     for (let tag = 0; tag < this.depth; tag++) {
+      assert(this.#state[tag] === FREE, "a queue runs once");
       this.#state[tag] = FETCHED;
       this.#command(COMMAND_FETCH, tag, 0, 0);
     }
@@ -235,9 +236,9 @@ export class Queue implements Disposable {
       this.#startSector[tag] = this.#eventFloats[index * FLOATS + 3]!;
       handler.handle(this, tag);
     } catch (error) {
-      if (this.#state[tag] !== SERVING) throw error;
+      if (error instanceof AssertionError || error instanceof UblkError) throw error;
       failed(error);
-      this.commit(tag, -ERRNO.EIO);
+      if (this.#state[tag] === SERVING) this.commit(tag, -ERRNO.EIO);
     }
   }
 

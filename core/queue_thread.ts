@@ -13,6 +13,7 @@
 import { URL } from "node:url";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { type QueueConfig, Shim } from "../ffi/mod.ts";
+import { UblkError, type UblkErrorDetails } from "./error.ts";
 import { Queue } from "./queue.ts";
 import type { RequestHandler, ServeContext } from "./target.ts";
 
@@ -25,7 +26,7 @@ export interface QueueThreadSpec {
 type Message =
   | { type: "started"; tid: number }
   | { type: "log"; text: string }
-  | { type: "failed"; error: Error };
+  | { type: "failed"; error: Error; details: UblkErrorDetails | undefined };
 
 const MARK = "ubdQueueThread";
 
@@ -67,7 +68,7 @@ export function startQueueThread(
   worker.on("message", (message: Message) => {
     if (message.type === "started") started.resolve(message.tid);
     else if (message.type === "log") log(message.text);
-    else fail(message.error);
+    else fail(message.details ? new UblkError(message.details) : message.error);
   });
   worker.on("error", fail);
   worker.on("exit", (code) => {
@@ -117,6 +118,8 @@ export function runQueueThread(
       (error) => log(`target ${target.name} failed: ${(error as Error)?.stack ?? error}`),
     );
   } catch (error) {
-    send({ type: "failed", error: error as Error });
+    // Crossing threads, an error keeps its message and stack but not its class.
+    const details = error instanceof UblkError ? error.details : undefined;
+    send({ type: "failed", error: error as Error, details });
   }
 }
