@@ -28,6 +28,8 @@ export interface DeviceInfo {
   targetFlags: bigint; // kept for the server, unread by the driver; 0 in V2
   ownerUid: number; // 0 in V2
   ownerGid: number;
+  blockBytes?: number; // V2 only; mainline answers them to GET_PARAMS
+  sizeBytes?: number;
 }
 
 /** What ADD_DEV needs. */
@@ -230,6 +232,8 @@ export const UBD_V2: Dialect = {
       targetFlags: 0n,
       ownerUid: 0,
       ownerGid: 0,
+      blockBytes: info.block_size,
+      sizeBytes: Number(info.dev_blocks) * info.block_size,
     };
   },
   hasCommand: (command) =>

@@ -122,6 +122,9 @@ export class Device {
   ): Promise<Device> {
     const { dialect, shim } = control;
     const { limits } = options.target;
+    if (options.depth > dialect.depthMax) {
+      throw new UsageError(`Queue depth ${options.depth}: this driver takes ${dialect.depthMax}`);
+    }
     toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
 
     let info = await control.addDevice({

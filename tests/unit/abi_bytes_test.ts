@@ -95,7 +95,7 @@ test("GET_DEV_INFO, V2", () => {
   const info = UBD_V2.unpackInfo(bytes(
     "0100 4000 0002 0100",
     "00040000 07000000",
-    "00000000 00000000",
+    "00002000 00000000",
     "d2040000 ffffffff",
     "00000000 00000000",
     "ff".repeat(88),
@@ -111,6 +111,8 @@ test("GET_DEV_INFO, V2", () => {
     targetFlags: 0n,
     ownerUid: 0,
     ownerGid: 0,
+    blockBytes: 512,
+    sizeBytes: 2 ** 30,
   });
 });
 
