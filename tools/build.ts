@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT
+/**
+ * Builds what is shipped: the shim (both architectures), the single executable dist/ubd, and the
+ * two bundles of the npm package, dist/cli.js and dist/mod.js.
+ *
+ *   bun tools/build.ts
+ * @module
+ */
+
+import { execFileSync } from "node:child_process";
+import { mkdirSync, rmSync } from "node:fs";
+import { join } from "node:path";
+import { buildShim } from "./build_shim.ts";
+
+const ROOT = join(import.meta.dirname!, "..");
+
+function bun(...args: string[]): void {
+  execFileSync("bun", ["build", ...args], { cwd: ROOT, stdio: ["ignore", "ignore", "inherit"] });
+}
+
+/** A root tool must not run code or take settings from the directory it is started in. */
+const EXECUTABLE = [
+  ...["--compile", "--minify", "--bytecode", "--format=esm"],
+  ...["--no-compile-autoload-dotenv", "--no-compile-autoload-bunfig"],
+];
+
+export async function build(): Promise<void> {
+  await buildShim();
+  rmSync(join(ROOT, "dist"), { recursive: true, force: true });
+  mkdirSync(join(ROOT, "dist"));
+  bun(...EXECUTABLE, "cli/main.ts", "--outfile", "dist/ubd");
+  // target=node keeps node: and bun: imports as they are, for both runtimes.
+  bun("--target=node", "--external", "bun:ffi", "cli/main.ts", "--outfile", "dist/cli.js");
+  bun("--target=node", "--external", "bun:ffi", "mod.ts", "--outfile", "dist/mod.js");
+}
+
+if (import.meta.main) await build();

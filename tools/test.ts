@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT
+/**
+ * `npm test`: the house's rules, then three tiers, then the package, the demo and the benchmark.
+ *
+ *   bun tools/test.ts [--quick] [--kernel newest|6.12] [--ubd binary|bun|deno] [--only STAGE]
+ *
+ * --quick stops before the first guest: the developer's loop. Everything is counted from JUnit
+ * reports, since the two runtimes print differently; a runner that leaves none has failed. The
+ * last line is "N passed, N failed, N skipped".
+ * @module
+ */
+
+import { spawnSync } from "node:child_process";
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { build } from "./build.ts";
+import { check } from "./check.ts";
+import { runInGuest, UBD_COMMANDS } from "./vm.ts";
+import { type KernelName, KERNELS } from "./vm_images.ts";
+
+type Runner = keyof typeof UBD_COMMANDS;
+
+const { values: options } = parseArgs({
+  options: {
+    quick: { type: "boolean", default: false },
+    kernel: { type: "string" },
+    ubd: { type: "string" },
+    only: { type: "string" },
+  },
+});
+
+const ROOT = join(import.meta.dirname!, "..");
+const total = { passed: 0, failed: 0, skipped: 0 };
+const failures: string[] = [];
+const scratch = mkdtempSync(join(tmpdir(), "ubd-test-"));
+process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
+
+/** Adds up one report. @param ended whether its runner ended well. */
+function count(name: string, report: string | undefined, ended: boolean): void {
+  const occurrences = (pattern: RegExp) => report?.match(pattern)?.length ?? 0;
+  const cases = occurrences(/<testcase\b/g);
+  const failed = occurrences(/<(failure|error)\b/g);
+  const skipped = occurrences(/<skipped\b/g);
+  const crashed = cases === 0 || (!ended && failed === 0) ? 1 : 0;
+  if (crashed) failures.push(`${name}: the runner failed without a failed test`);
+  else if (failed) failures.push(`${name}: ${failed} failed`);
+  total.passed += cases - failed - skipped;
+  total.failed += failed + crashed;
+  total.skipped += skipped;
+}
+
+/** Counts a program as one test. */
+function countOne(name: string, good: boolean): void {
+  total[good ? "passed" : "failed"]++;
+  if (!good) failures.push(name);
+}
+
+async function stage(name: string, work: () => void | Promise<void>): Promise<void> {
+  if (options.only && !name.startsWith(options.only)) return;
+  console.log(`\n== ${name}`);
+  const start = performance.now();
+  try {
+    await work();
+  } catch (error) {
+    console.log(error);
+    countOne(name, false);
+  }
+  console.log(`== ${name}: ${((performance.now() - start) / 1000).toFixed(0)} s`);
+}
+
+function readReport(path: string): string | undefined {
+  try {
+    return readFileSync(path, "utf8");
+  } catch {
+    return undefined;
+  }
+}
+
+function hostTests(runtime: "bun" | "deno"): void {
+  const report = join(scratch, `${runtime}.xml`);
+  const tiers = ["tests/unit", "tests/shim"].filter((tier) => hasTests(tier));
+  const args = runtime === "bun"
+    ? ["test", "--reporter=junit", `--reporter-outfile=${report}`, "--timeout=60000", ...tiers]
+    : ["test", "-A", "-q", "--no-check", `--junit-path=${report}`, ...tiers];
+  const { status } = spawnSync(runtime, args, { cwd: ROOT, stdio: "inherit" });
+  count(runtime, readReport(report), status === 0);
+}
+
+function hasTests(tier: string): boolean {
+  return readdirSync(join(ROOT, tier)).some((name) => name.endsWith("_test.ts"));
+}
+
+async function deviceTests(kernel: KernelName, ubd: Runner): Promise<void> {
+  const results = mkdtempSync(join(scratch, "results-"));
+  const full = kernel === "newest" && ubd === "binary";
+  const guest = await runInGuest({
+    kernel,
+    ubd,
+    resultsDir: results,
+    timeoutS: 1200,
+    env: { UBD_RUNNER: ubd, UBD_SCALE: full ? "full" : "small" },
+    command: "bun test --reporter=junit --reporter-outfile=/results/report.xml " +
+      "--timeout=120000 /ubd/tests/device",
+    onOutput: (chunk) => process.stdout.write(chunk),
+  });
+  count(`device ${kernel} ${ubd}`, readReport(join(results, "report.xml")), guest.exitCode === 0);
+  if (guest.exitCode !== 0) console.log(guest.dmesg.split("\n").slice(-40).join("\n"));
+}
+
+function program(...command: string[]): void {
+  const { status } = spawnSync(command[0]!, command.slice(1), { cwd: ROOT, stdio: "inherit" });
+  countOne(command.join(" "), status === 0);
+}
+
+await stage("check", () => {
+  const { passed, failed } = check();
+  total.passed += passed;
+  total.failed += failed;
+});
+await stage("build", build);
+await stage("unit and shim tests, Bun", () => hostTests("bun"));
+await stage("unit and shim tests, Deno", () => hostTests("deno"));
+if (!options.quick) {
+  const kernels = (Object.keys(KERNELS) as KernelName[])
+    .filter((kernel) => !options.kernel || kernel === options.kernel);
+  const runners = (Object.keys(UBD_COMMANDS) as Runner[])
+    .filter((runner) => !options.ubd || runner === options.ubd);
+  for (const kernel of kernels) {
+    for (const ubd of runners) {
+      await stage(`device tests, Linux ${kernel}, ubd as ${ubd}`, () => deviceTests(kernel, ubd));
+    }
+  }
+  await stage("demo", () => program("bun", "tools/demo.ts"));
+  await stage("bench", () => program("bun", "bench/bench.ts", "--quick"));
+}
+
+for (const failure of failures) console.log(`FAILED: ${failure}`);
+const { passed, failed, skipped } = total;
+console.log(`${passed} passed, ${failed} failed, ${skipped} skipped`);
+process.exit(failed || passed === 0 ? 1 : 0);
