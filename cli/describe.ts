@@ -57,6 +57,9 @@ const FLAG_NAMES = [
   "SHMEM_ZC",
 ];
 
+/** Where `ublk list` prints these two, which is not their bit's place. */
+const PRINT_RANK: Record<string, number> = { AUTO_ZC: 0.5, UNPRIVILEGED_DEV: 2.5 };
+
 /** `ublk features` calls four of them by another name. */
 const FEATURE_NAMES: Record<string, string> = {
   SUPPORT_ZERO_COPY: "ZERO_COPY",
@@ -138,7 +141,9 @@ export async function describeAll(control: Control): Promise<DeviceFacts[]> {
 /** The lines of `ublk list`, to the letter. */
 export function dumpDevice(facts: DeviceFacts): string {
   const { owner } = facts;
-  const flags = facts.features.map((name) => ` ${name}`).join("");
+  const rank = (name: string) => PRINT_RANK[name] ?? FLAG_NAMES.indexOf(name);
+  const known = facts.features.filter((name) => FLAG_NAMES.includes(name));
+  const flags = known.sort((a, b) => rank(a) - rank(b)).map((name) => ` ${name}`).join("");
   const lines = [
     `dev id ${facts.id}: nr_hw_queues ${facts.queues} queue_depth ${facts.depth} ` +
     `block size ${facts.blockBytes} dev_capacity ${facts.sizeBytes / 512}`,

@@ -22,6 +22,7 @@ function defineProgram(): Command {
   const program = new Command("ubd")
     .description("Linux block devices served from TypeScript (ublk)")
     .helpCommand(false)
+    .enablePositionalOptions() // `list -v` is not `-v`
     .exitOverride()
     .configureOutput({ outputError: () => {} }) // reportFailure prints it
     .showSuggestionAfterError();

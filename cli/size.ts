@@ -20,18 +20,22 @@ for (const letter of "mgtp") UNITS[letter] = UNITS[letter.toUpperCase()]!;
  */
 export function parseSize(text: string, what: string): number {
   const [, digits, unit] = /^(\d+(?:\.\d+)?)\s*([A-Za-z]*)$/.exec(text.trim()) ?? [];
-  const factor = unit === undefined ? undefined : UNITS[unit];
+  const factor = unit !== undefined && Object.hasOwn(UNITS, unit) ? UNITS[unit] : undefined;
   if (digits === undefined || factor === undefined) {
     throw new UsageError(
       `${what} "${text}": say bytes, or a number with K, M, G or T (x 1024), KB, MB, GB or TB ` +
         "(x 1000), or s (sectors of 512 bytes), such as 64M",
     );
   }
-  const bytes = Number(digits) * factor;
-  if (!Number.isSafeInteger(bytes)) {
+  // Exact, where a float would lose "1.005KB" and round a fraction away near 2^53.
+  const [whole, fraction = ""] = digits.split(".");
+  const scaled = BigInt(whole + fraction) * BigInt(factor);
+  const scale = 10n ** BigInt(fraction.length);
+  const bytes = scaled / scale;
+  if (scaled % scale || bytes > Number.MAX_SAFE_INTEGER) {
     throw new UsageError(`${what} "${text}": it is no whole number of bytes below 2^53`);
   }
-  return bytes;
+  return Number(bytes);
 }
 
 /** A whole number, strictly: "foo", "1x" and "" are mistakes, not 0. */

@@ -40,7 +40,7 @@ export class UblkError extends Error {
   constructor({ errno, operation, device, hint, cause }: UblkErrorDetails) {
     const advice = hint ?? hintFor(operation, errno);
     const where = device === undefined ? "" : ` on device ${device}`;
-    const text = errnoText(errno);
+    const text = errnoText(errno) === errno ? "" : errnoText(errno);
     super(
       `Cannot ${operation}${where}: ${errno}${text ? `, ${text}` : ""}` +
         (advice ? ` (${advice})` : ""),

@@ -10,7 +10,7 @@
  * @module
  */
 
-import { mkdtempSync, openSync, rmdirSync, unlinkSync, writeFileSync } from "node:fs";
+import { closeSync, mkdtempSync, openSync, rmdirSync, unlinkSync, writeFileSync } from "node:fs";
 import { arch, tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
@@ -40,8 +40,10 @@ export function loadShim(adapter: Adapter, known?: string): LoadedShim {
   const attempts: string[] = [];
   const places = [tmpdir(), "/dev/shm", "/run", "/var/tmp", process.cwd()];
   for (const place of [...new Set(places), undefined]) {
+    let fd: number | undefined;
     try {
-      const path = place ? unlinkedFile(place, bytes) : memoryFile(adapter, bytes);
+      fd = place ? unlinkedFile(place, bytes) : memoryFile(adapter, bytes);
+      const path = `/proc/self/fd/${fd}`;
       const native = adapter.load(path, SYMBOLS);
       if (native.ubd_version() !== SHIM_VERSION) {
         throw new Error(`version ${native.ubd_version()} where ${SHIM_VERSION} is needed: build`);
@@ -49,17 +51,18 @@ export function loadShim(adapter: Adapter, known?: string): LoadedShim {
       return { native, path };
     } catch (error) {
       attempts.push(`${place ?? "memory"}: ${(error as Error).message}`);
+      if (fd !== undefined) closeSync(fd);
     }
   }
   throw new Error(`Cannot load the ubd shim (${attempts.join("; ")})`);
 }
 
-function unlinkedFile(place: string, bytes: Uint8Array): string {
+function unlinkedFile(place: string, bytes: Uint8Array): number {
   const directory = mkdtempSync(join(place, ".ubd-"));
   const file = join(directory, "shim.so");
   try {
     writeFileSync(file, bytes, { mode: 0o700, flag: "wx" });
-    return `/proc/self/fd/${openSync(file, "r")}`;
+    return openSync(file, "r");
   } finally {
     try {
       unlinkSync(file);
@@ -68,13 +71,18 @@ function unlinkedFile(place: string, bytes: Uint8Array): string {
   }
 }
 
-function memoryFile(adapter: Adapter, bytes: Uint8Array): string {
+function memoryFile(adapter: Adapter, bytes: Uint8Array): number {
   const libc = adapter.load("libc.so.6", {
     memfd_create: { args: ["buffer", "u32"], result: "i32" },
+    close: { args: ["i32"], result: "i32" },
   });
   const closeOnExec = 1;
-  const fd = libc.memfd_create(Buffer.from("ubd-shim\0") as Buffer<ArrayBuffer>, closeOnExec);
-  const path = `/proc/self/fd/${fd}`;
-  writeFileSync(path, bytes);
-  return path;
+  const memory = libc.memfd_create(Buffer.from("ubd-shim\0") as Buffer<ArrayBuffer>, closeOnExec);
+  const path = `/proc/self/fd/${memory}`;
+  try {
+    writeFileSync(path, bytes);
+    return openSync(path, "r"); // Deno's node:fs closes only what it has opened.
+  } finally {
+    libc.close(memory);
+  }
 }
