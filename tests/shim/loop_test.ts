@@ -1,0 +1,624 @@
+// SPDX-License-Identifier: MIT
+/**
+ * targets/loop.ts on real files, over a real ring without a driver (see queue_test.ts): `serve`
+ * plays the block layer, one list of requests at a time, and answers with results and data.
+ *
+ * Needs io_uring, and in the temporary directory a file system that punches holes.
+ */
+import assert from "node:assert/strict";
+import { Buffer } from "node:buffer";
+import { execFileSync } from "node:child_process";
+import {
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  statfsSync,
+  statSync,
+  truncateSync,
+  writeFileSync,
+} from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, test } from "node:test";
+import fc from "fast-check";
+import { ERRNO } from "../../abi/errno.ts";
+import { RWF_DSYNC } from "../../abi/io_uring.ts";
+import {
+  UBLK_IO_F_FUA,
+  UBLK_IO_F_NOUNMAP,
+  UBLK_IO_OP_DISCARD,
+  UBLK_IO_OP_FLUSH,
+  UBLK_IO_OP_READ,
+  UBLK_IO_OP_WRITE,
+  UBLK_IO_OP_WRITE_ZEROES,
+} from "../../abi/ublk_cmd.ts";
+import { UblkError, UsageError } from "../../core/error.ts";
+import { Queue } from "../../core/queue.ts";
+import type { OpenTarget, RequestHandler } from "../../core/target.ts";
+import {
+  COMMAND_COMMIT,
+  COMMAND_FALLOCATE,
+  COMMAND_FETCH,
+  COMMAND_FSYNC,
+  COMMAND_WRITE,
+  EVENT_FILE,
+  type QueueConfig,
+  type QueueMemory,
+  Shim,
+} from "../../ffi/mod.ts";
+import { loopTarget } from "../../targets/loop.ts";
+
+const { EIO, EAGAIN, EINTR, ENOSPC, EOPNOTSUPP } = ERRNO;
+const [READ, WRITE, FLUSH] = [UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_FLUSH];
+const [DISCARD, WRITE_ZEROES] = [UBLK_IO_OP_DISCARD, UBLK_IO_OP_WRITE_ZEROES];
+const IO_BYTES = 65536;
+
+const directory = mkdtempSync(join(tmpdir(), "ubd-loop-"));
+after(() => rmSync(directory, { recursive: true, force: true }));
+
+const shim = new Shim();
+const CONTEXT = { shim, hasVolatileCache: true };
+
+interface Request {
+  op: number;
+  flags?: number;
+  sector?: number;
+  sectors?: number;
+  data?: Uint8Array;
+}
+
+interface Answer {
+  result: number;
+  /** The tag's buffer after the commit, as long as the request. */
+  data: Uint8Array;
+}
+
+/** Serves a list of requests, several at once when depth allows, and records what happens. */
+class BlockLayer extends Shim {
+  readonly answers: Answer[] = [];
+  /** [operation, flags] of each command for a file. */
+  readonly fileCommands: [number, number][] = [];
+  /** May change the result of a file operation. */
+  onResult: (result: number) => number = (result) => result;
+  readonly #requests: readonly Request[];
+  readonly #requestOfTag: number[] = [];
+  #memory!: QueueMemory;
+  #next = 0;
+  #wakeFd = -1;
+
+  constructor(requests: readonly Request[]) {
+    super(shim.path);
+    this.#requests = requests;
+    const { ubd_step } = this.native;
+    const native = { ...this.native, ubd_step: this.#step.bind(this, ubd_step) };
+    Object.assign(this, { native });
+  }
+
+  override queueInit(config: QueueConfig): QueueMemory | number {
+    this.#wakeFd = config.wakeFd;
+    const memory = super.queueInit(config);
+    if (typeof memory !== "number") this.#memory = memory;
+    return memory;
+  }
+
+  /** Whether the tag has a request, and is not waiting for the end. */
+  isServing(tag: number): boolean {
+    return this.#requestOfTag[tag]! < this.#requests.length;
+  }
+
+  #step(step: Shim["native"]["ubd_step"], handle: number, count: number, wait: number): number {
+    const words = new Int32Array(this.#memory.commands);
+    for (let at = 0; at < count * 8; at += 8) {
+      const [op, tag, value, flags] = [words[at]!, words[at + 1]!, words[at + 2]!, words[at + 3]!];
+      if (op === COMMAND_COMMIT) this.#answer(tag, value);
+      if (op === COMMAND_COMMIT || op === COMMAND_FETCH) this.#prepare(tag);
+      else if (op >= 2 && op <= 5) this.fileCommands.push([op, flags]);
+    }
+    if (this.answers.filter(Boolean).length === this.#requests.length) {
+      this.native.ubd_wake(this.#wakeFd);
+    }
+    // Never blocks, so that a lost commit is a failed test and not one that hangs.
+    const deadline = performance.now() + 20_000;
+    let events = step(handle, count, 0);
+    while (wait && events === 0) {
+      if (performance.now() > deadline) throw new Error("the queue waits for nothing");
+      events = step(handle, 0, 0);
+    }
+    for (let index = 0; index < events; index++) {
+      const event = new Int32Array(this.#memory.events, index * 32, 8);
+      if (event[0] === EVENT_FILE) event[2] = this.onResult(event[2]!);
+    }
+    return events;
+  }
+
+  #buffer(tag: number, request: Request): Uint8Array {
+    const bytes = request.op === READ || request.op === WRITE ? (request.sectors ?? 0) * 512 : 0;
+    return new Uint8Array(this.#memory.buffers, tag * IO_BYTES, bytes);
+  }
+
+  #prepare(tag: number): void {
+    const number = this.#requestOfTag[tag] = this.#next++;
+    const request = this.#requests[number];
+    if (!request) return;
+    const { op, flags = 0, sector = 0, sectors = 0, data } = request;
+    const view = new DataView(this.#memory.descriptors, tag * 24, 24);
+    view.setUint32(0, op | flags, true);
+    view.setUint32(4, sectors, true);
+    view.setBigUint64(8, BigInt(sector), true);
+    // What an earlier request left in the buffer must never be answered.
+    new Uint8Array(this.#memory.buffers, tag * IO_BYTES, IO_BYTES).fill(0xee);
+    if (data) this.#buffer(tag, request).set(data);
+  }
+
+  #answer(tag: number, result: number): void {
+    const number = this.#requestOfTag[tag]!;
+    assert.ok(number < this.#requests.length && !this.answers[number], "answered twice");
+    const data = this.#buffer(tag, this.#requests[number]!).slice();
+    this.answers[number] = { result, data };
+  }
+}
+
+interface ServeOptions {
+  depth?: number;
+  onResult?: (result: number) => number;
+  logs?: string[];
+}
+
+/** Has `requests` served by a loop handler made from `spec`. */
+function serveSpec(spec: unknown, requests: Request[], options: ServeOptions = {}): BlockLayer {
+  const { depth = 1, logs = [] } = options;
+  const layer = new BlockLayer(requests);
+  if (options.onResult) layer.onResult = options.onResult;
+  const log = (text: string) => void logs.push(text);
+  const handler: RequestHandler = loopTarget.serve(
+    spec as Parameters<typeof loopTarget.serve>[0],
+    { depth, ioBytesMax: IO_BYTES, log },
+  );
+  const wakeFd = shim.native.ubd_eventfd();
+  try {
+    using queue = new Queue(layer, {
+      charFd: -1,
+      wakeFd,
+      queueId: 0,
+      depth,
+      ioBytesMax: IO_BYTES,
+      fetchOpcode: 0,
+      commitOpcode: 0,
+      sqe128: false,
+      descriptorOffset: 0,
+      descriptorBytes: 4096,
+    });
+    queue.run(
+      {
+        handle: (queue, tag) => layer.isServing(tag) && handler.handle(queue, tag),
+        resume: (queue, tag, result) => handler.resume!(queue, tag, result),
+      },
+      () => true,
+      (error) => {
+        throw error;
+      },
+    );
+  } finally {
+    shim.native.ubd_close(wakeFd);
+  }
+  return layer;
+}
+
+function serve(target: OpenTarget, requests: Request[], options?: ServeOptions): Answer[] {
+  return serveSpec(target.spec, requests, options).answers;
+}
+
+const results = (answers: Answer[]) => answers.map(({ result }) => result);
+
+let images = 0;
+
+/** A file of these bytes, or of this many bytes that differ from sector to sector. */
+function image(content: number | Uint8Array, folder = directory): string {
+  const path = join(folder, `${++images}.img`);
+  writeFileSync(path, typeof content === "number" ? pattern(content) : content);
+  return path;
+}
+
+function pattern(bytes: number): Buffer {
+  const sectors = Array.from({ length: Math.ceil(bytes / 512) }, (_, index) => 1 + index % 250);
+  return Buffer.from(sectors.flatMap((value) => new Array(512).fill(value))).subarray(0, bytes);
+}
+
+type Options = Omit<Parameters<typeof loopTarget.open>[0], "file">;
+
+/** Opens `file`, does the work, closes it. */
+function withTarget<T>(file: string, options: Options, work: (target: OpenTarget) => T): T {
+  const target = loopTarget.open({ file, ...options }, CONTEXT);
+  try {
+    return work(target);
+  } finally {
+    target.close();
+  }
+}
+
+const MODES: [string, Options][] = [["direct", {}], ["buffered", { buffered: true }]];
+
+for (const [mode, options] of MODES) {
+  test(`loop (${mode}) reads the file's bytes and writes them, nothing beside them`, () => {
+    const file = image(65536);
+    const expected = pattern(65536);
+    const data = new Uint8Array(1536).fill(0xab);
+    const answers = withTarget(file, options, (target) =>
+      serve(target, [
+        { op: READ, sector: 3, sectors: 5 },
+        { op: WRITE, sector: 4, sectors: 3, data },
+        { op: READ, sector: 0, sectors: 128 },
+      ]));
+    assert.deepStrictEqual(results(answers), [2560, 1536, 65536]);
+    assert.deepStrictEqual(Buffer.from(answers[0]!.data), expected.subarray(1536, 4096));
+    expected.fill(0xab, 2048, 3584);
+    assert.deepStrictEqual(Buffer.from(answers[2]!.data), expected);
+    assert.deepStrictEqual(readFileSync(file), expected);
+  });
+
+  test(`loop (${mode}) shows zeroes behind an odd end, and grows the file when it is written`, () => {
+    const file = image(4096 + 100);
+    withTarget(file, options, (target) => {
+      assert.strictEqual(target.limits.sizeBytes, 4096 + 512);
+      const [answer] = serve(target, [{ op: READ, sector: 7, sectors: 2 }]);
+      const expected = Buffer.alloc(1024);
+      pattern(4096 + 100).copy(expected, 0, 3584);
+      assert.strictEqual(answer!.result, 1024);
+      assert.deepStrictEqual(Buffer.from(answer!.data), expected);
+      assert.strictEqual(statSync(file).size, 4196);
+      const data = new Uint8Array(512).fill(0xcd);
+      assert.deepStrictEqual(
+        results(serve(target, [{ op: WRITE, sector: 8, sectors: 1, data }])),
+        [512],
+      );
+    });
+    const bytes = readFileSync(file);
+    assert.strictEqual(bytes.length, 4608);
+    assert.ok(bytes.subarray(4096).every((byte) => byte === 0xcd));
+  });
+
+  test(`loop (${mode}) fails reads behind the end of a file that was cut short`, () => {
+    const file = image(16384);
+    withTarget(file, options, (target) => {
+      truncateSync(file, 8192);
+      const logs: string[] = [];
+      const answers = serve(target, [
+        { op: READ, sector: 20, sectors: 4 },
+        { op: READ, sector: 12, sectors: 8 },
+        { op: READ, sector: 8, sectors: 8 },
+      ], { logs });
+      assert.deepStrictEqual(results(answers), [-EIO, -EIO, 4096]);
+      assert.match(logs[0]!, /was cut short while in use/);
+    });
+  });
+
+  test(`loop (${mode}) is a buffer: random requests leave what they leave in memory`, {
+    timeout: 60_000,
+  }, () => {
+    const sectors = 256;
+    const extent = fc.tuple(fc.nat({ max: sectors - 1 }), fc.integer({ min: 1, max: 64 }))
+      .map(([sector, wanted]) => ({ sector, sectors: Math.min(wanted, sectors - sector) }));
+    const kind = fc.constantFrom<[number, number]>(
+      [READ, 0],
+      [WRITE, 0],
+      [WRITE, UBLK_IO_F_FUA],
+      [WRITE_ZEROES, 0],
+      [WRITE_ZEROES, UBLK_IO_F_NOUNMAP],
+      [DISCARD, 0],
+    );
+    const step = fc.tuple(kind, extent, fc.integer({ min: 1, max: 255 }));
+    fc.assert(
+      fc.property(fc.array(step, { minLength: 1, maxLength: 40 }), (steps) => {
+        const model = pattern(sectors * 512);
+        const file = image(model);
+        const reads: Buffer[] = [];
+        const requests = steps.map(([[op, flags], { sector, sectors }, value]): Request => {
+          const [from, to] = [sector * 512, (sector + sectors) * 512];
+          if (op === READ) reads.push(Buffer.from(model.subarray(from, to)));
+          else model.fill(op === WRITE ? value : 0, from, to);
+          const data = new Uint8Array(op === WRITE ? sectors * 512 : 0).fill(value);
+          return { op, flags, sector, sectors, data };
+        });
+        const answers = withTarget(file, options, (target) => serve(target, requests));
+        for (const [index, { op, sectors }] of requests.entries()) {
+          const bytes = op === READ || op === WRITE ? sectors! * 512 : 0;
+          assert.strictEqual(answers[index]!.result, bytes);
+          if (op === READ) assert.ok(reads.shift()!.equals(answers[index]!.data));
+        }
+        assert.ok(readFileSync(file).equals(model));
+        rmSync(file);
+      }),
+      { numRuns: 25 },
+    );
+  });
+}
+
+test("loop serves many tags at once", () => {
+  const file = image(1024 * 512);
+  const requests = Array.from({ length: 512 }, (_, index): Request => {
+    const sector = index * 2;
+    return index % 2
+      ? { op: READ, sector, sectors: 2 }
+      : { op: WRITE, sector, sectors: 2, data: new Uint8Array(1024).fill(index >> 1) };
+  });
+  const expected = pattern(1024 * 512);
+  const answers = withTarget(file, {}, (target) => serve(target, requests, { depth: 32 }));
+  for (const [index, { result, data }] of answers.entries()) {
+    assert.strictEqual(result, 1024);
+    const from = index * 1024;
+    if (index % 2) assert.ok(expected.subarray(from, from + 1024).equals(data), `read ${index}`);
+    else expected.fill(index >> 1, from, from + 1024);
+  }
+  assert.ok(readFileSync(file).equals(expected));
+});
+
+/** The file commands that `requests` lead to. */
+function commandsOf(hasVolatileCache: boolean, requests: Request[]): [number, number][] {
+  const target = loopTarget.open({ file: image(65536) }, { shim, hasVolatileCache });
+  const layer = serveSpec(target.spec, requests);
+  target.close();
+  assert.ok(layer.answers.every(({ result }) => result >= 0));
+  return layer.fileCommands;
+}
+
+const DURABILITY: Request[] = [
+  { op: FLUSH },
+  { op: WRITE, sectors: 1, data: new Uint8Array(512) },
+  { op: WRITE, sectors: 1, flags: UBLK_IO_F_FUA, data: new Uint8Array(512) },
+  { op: WRITE_ZEROES, sectors: 8 },
+  { op: WRITE_ZEROES, sectors: 8, flags: UBLK_IO_F_FUA },
+];
+
+test("loop makes durable what FLUSH and FUA ask for: fdatasync, and RWF_DSYNC", () => {
+  assert.deepStrictEqual(commandsOf(true, DURABILITY), [
+    [COMMAND_FSYNC, 1],
+    [COMMAND_WRITE, 0],
+    [COMMAND_WRITE, RWF_DSYNC],
+    [COMMAND_FALLOCATE, 3],
+    [COMMAND_FALLOCATE, 3],
+    [COMMAND_FSYNC, 1],
+  ]);
+});
+
+test("loop makes every change durable where the driver has no FLUSH", () => {
+  assert.deepStrictEqual(commandsOf(false, DURABILITY), [
+    [COMMAND_FSYNC, 1],
+    [COMMAND_WRITE, RWF_DSYNC],
+    [COMMAND_WRITE, RWF_DSYNC],
+    [COMMAND_FALLOCATE, 3],
+    [COMMAND_FSYNC, 1],
+    [COMMAND_FALLOCATE, 3],
+    [COMMAND_FSYNC, 1],
+  ]);
+});
+
+/** Sectors that the file system has given to a file of 1 MiB after one request for its half. */
+function afterwards(op: number, flags = 0): { blocks: number; zeroed: boolean; discard: number } {
+  const file = image(1024 * 1024);
+  const discard = withTarget(file, {}, (target) => {
+    const [answer] = serve(target, [{ op, flags, sector: 0, sectors: 1024 }, { op: FLUSH }]);
+    assert.strictEqual(answer!.result, 0);
+    return target.limits.discardBytes;
+  });
+  const bytes = readFileSync(file);
+  assert.strictEqual(bytes.length, 1024 * 1024);
+  assert.ok(bytes.subarray(524288).equals(pattern(1024 * 1024).subarray(524288)));
+  const zeroed = bytes.subarray(0, 524288).every((byte) => byte === 0);
+  return { blocks: statSync(file).blocks, zeroed, discard };
+}
+
+test("loop punches holes for DISCARD and WRITE_ZEROES, and keeps blocks with NOUNMAP", () => {
+  const discarded = afterwards(DISCARD);
+  assert.strictEqual(discarded.discard, 4096, "this file system punches no holes");
+  assert.ok(discarded.zeroed && discarded.blocks <= 1040, JSON.stringify(discarded));
+  const zeroed = afterwards(WRITE_ZEROES);
+  assert.ok(zeroed.zeroed && zeroed.blocks <= 1040, JSON.stringify(zeroed));
+  const kept = afterwards(WRITE_ZEROES, UBLK_IO_F_NOUNMAP);
+  assert.ok(kept.zeroed && kept.blocks >= 2048, JSON.stringify(kept));
+});
+
+const TMPFS_MAGIC = 0x01021994;
+const hasTmpfs = existsSync("/dev/shm") && statfsSync("/dev/shm").type === TMPFS_MAGIC;
+
+test("loop writes zeroes itself where the file system cannot (NOUNMAP on tmpfs)", {
+  skip: hasTmpfs ? false : "/dev/shm is no tmpfs",
+}, () => {
+  const folder = mkdtempSync("/dev/shm/ubd-loop-");
+  try {
+    const file = image(512 * 1024, folder);
+    const expected = pattern(512 * 1024);
+    const flags = UBLK_IO_F_NOUNMAP | UBLK_IO_F_FUA;
+    const layer = withTarget(file, {}, (target) =>
+      // Longer than a buffer, so in several writes.
+      serveSpec(target.spec, [{ op: WRITE_ZEROES, flags, sector: 1, sectors: 400 }]));
+    assert.deepStrictEqual(results(layer.answers), [0]);
+    assert.deepStrictEqual(
+      layer.fileCommands.map(([op]) => op),
+      [COMMAND_FALLOCATE, ...new Array(4).fill(COMMAND_WRITE), COMMAND_FSYNC],
+    );
+    assert.ok(readFileSync(file).equals(expected.fill(0, 512, 401 * 512)));
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+});
+
+test("loop serves a window of the file and never leaves it", () => {
+  const file = image(65536);
+  const expected = pattern(65536);
+  const options = { offsetBytes: 4096, sizeBytes: 8192 };
+  const answers = withTarget(file, options, (target) => {
+    assert.strictEqual(target.limits.sizeBytes, 8192);
+    return serve(target, [
+      { op: READ, sector: 0, sectors: 16 },
+      { op: WRITE, sector: 15, sectors: 1, data: new Uint8Array(512).fill(0xab) },
+      { op: WRITE_ZEROES, sector: 0, sectors: 8 },
+    ]);
+  });
+  assert.deepStrictEqual(results(answers), [8192, 512, 0]);
+  assert.ok(expected.subarray(4096, 12288).equals(answers[0]!.data));
+  expected.fill(0xab, 4096 + 15 * 512, 12288).fill(0, 4096, 8192);
+  assert.ok(readFileSync(file).equals(expected));
+});
+
+test("loop goes on after short reads and writes", () => {
+  const file = image(16384);
+  const shorten = (result: number) => result > 512 ? 512 : result;
+  const data = Uint8Array.from({ length: 4096 }, (_, index) => index % 251);
+  const answers = withTarget(file, {}, (target) =>
+    serve(target, [
+      { op: READ, sector: 0, sectors: 32 },
+      { op: WRITE, sector: 8, sectors: 8, data },
+    ], { onResult: shorten }));
+  assert.deepStrictEqual(results(answers), [16384, 4096]);
+  assert.ok(pattern(16384).equals(answers[0]!.data));
+  const expected = pattern(16384);
+  expected.set(data, 4096);
+  assert.ok(readFileSync(file).equals(expected));
+});
+
+test("loop tries again after EINTR and EAGAIN, and gives up with EIO", () => {
+  const file = image(16384);
+  withTarget(file, {}, (target) => {
+    let left = 3;
+    const twice = (result: number) => left-- > 0 ? left === 0 ? -EINTR : -EAGAIN : result;
+    const request = { op: READ, sector: 1, sectors: 1 };
+    const layer = serveSpec(target.spec, [request], { onResult: twice });
+    assert.deepStrictEqual(results(layer.answers), [512]);
+    assert.strictEqual(layer.fileCommands.length, 4);
+    assert.deepStrictEqual(
+      results(serve(target, [request, { op: FLUSH }], { onResult: () => -EAGAIN })),
+      [-EIO, -EIO],
+    );
+  });
+});
+
+test("loop passes on the backing's error, and says so", () => {
+  const full = shim.open("/dev/full", 2);
+  const spec = {
+    fd: full,
+    path: "/dev/full",
+    offsetBytes: 0,
+    endBytes: 1 << 20,
+    alwaysDurable: false,
+  };
+  const logs: string[] = [];
+  const requests = [{ op: WRITE, sectors: 8, data: new Uint8Array(4096) }, { op: FLUSH }];
+  const { answers } = serveSpec(spec, requests, { logs });
+  shim.native.ubd_close(full);
+  assert.deepStrictEqual(results(answers), [-ENOSPC, -ERRNO.EINVAL]);
+  assert.strictEqual(logs[0], "WRITE on /dev/full fails: ENOSPC");
+});
+
+test("loop answers EOPNOTSUPP for an operation that it does not know", () => {
+  withTarget(image(4096), {}, (target) => {
+    assert.deepStrictEqual(results(serve(target, [{ op: 10 }, { op: 255 }])), [
+      -EOPNOTSUPP,
+      -EOPNOTSUPP,
+    ]);
+  });
+});
+
+/** How many descriptors of this process are of `file`. */
+function descriptorsOf(file: string): number {
+  return readdirSync("/proc/self/fd").filter((fd) => {
+    try {
+      return readlinkSync(`/proc/self/fd/${fd}`) === file;
+    } catch {
+      return false; // The listing's own, closed by now.
+    }
+  }).length;
+}
+
+/** Opening must fail this way, and keep nothing open. */
+function mistake(file: string, options: Options, expected: string, message: RegExp): void {
+  const before = descriptorsOf(file);
+  assert.throws(
+    () => loopTarget.open({ file, ...options }, CONTEXT),
+    (error) => {
+      const kind = error instanceof UblkError
+        ? error.errno
+        : error instanceof UsageError
+        ? "usage"
+        : String(error);
+      assert.strictEqual(kind, expected);
+      assert.match((error as Error).message, message);
+      return true;
+    },
+    message.source,
+  );
+  assert.strictEqual(descriptorsOf(file), before, `${message.source}: a descriptor is left`);
+}
+
+test("loop's open refuses what is no image", () => {
+  mistake(directory, {}, "EISDIR", /^Cannot open .*name a file in it/);
+  mistake(join(directory, "absent"), {}, "ENOENT", /^Cannot open .*truncate -s 1G FILE/);
+  mistake(image(0), {}, "usage", /it is empty/);
+  mistake(image(511), {}, "usage", /511 bytes from offset 0 are less than a sector/);
+  mistake("/dev/null", {}, "usage", /neither a regular file nor a block device/);
+  const fifo = join(directory, "fifo");
+  execFileSync("mkfifo", [fifo]);
+  mistake(fifo, {}, "usage", /neither a regular file nor a block device/);
+});
+
+test("loop's open refuses windows that are not there, and takes the last one that is", () => {
+  const file = image(8192);
+  mistake(file, { offsetBytes: 8192 }, "usage", /^Offset 8192: .* ends at 8192 bytes/);
+  mistake(file, { offsetBytes: 16384 }, "usage", /^Offset 16384: .* ends at 8192 bytes/);
+  mistake(file, { offsetBytes: 100 }, "usage", /^Offset 100: it must be a multiple of 512/);
+  mistake(file, { offsetBytes: 512, blockBytes: 4096 }, "usage", /multiple of 4096 bytes/);
+  mistake(file, { sizeBytes: 8704 }, "usage", /^Size 8704: .* has 8192 bytes from offset 0/);
+  mistake(file, { offsetBytes: 512, sizeBytes: 8192 }, "usage", /^Size 8192: .* 7680 bytes/);
+  mistake(file, { sizeBytes: 1000 }, "usage", /^Size 1000: it must be a multiple of 512/);
+  const last = { offsetBytes: 7680, sizeBytes: 512 };
+  assert.strictEqual(withTarget(file, last, ({ limits }) => limits.sizeBytes), 512);
+  assert.strictEqual(withTarget(image(512), {}, ({ limits }) => limits.sizeBytes), 512);
+});
+
+test("loop's open takes one writer or many readers, unless forced", () => {
+  const file = image(4096);
+  withTarget(file, {}, () => {
+    mistake(file, {}, "EBUSY", /^Cannot lock .*--force/);
+    mistake(file, { readOnly: true }, "EBUSY", /^Cannot lock /);
+    withTarget(file, { force: true }, () => {});
+  });
+  withTarget(file, { readOnly: true }, () => {
+    withTarget(file, { readOnly: true }, () => {});
+    mistake(file, {}, "EBUSY", /^Cannot lock /);
+  });
+  withTarget(file, {}, () => {}); // Closing has released the lock.
+});
+
+test("loop's open of a read-only target can neither write nor discard", () => {
+  const file = image(4096);
+  withTarget(file, { readOnly: true }, (target) => {
+    assert.deepStrictEqual(
+      [target.limits.readOnly, target.limits.volatileCache, target.limits.discardBytes],
+      [true, false, 0],
+    );
+    const data = new Uint8Array(512);
+    const [answer] = serve(target, [{ op: WRITE, sectors: 1, data }]);
+    assert.strictEqual(answer!.result, -ERRNO.EBADF);
+  });
+  assert.ok(readFileSync(file).equals(pattern(4096)));
+});
+
+test("loop's open says why I/O is buffered", () => {
+  const file = image(4096);
+  withTarget(file, { buffered: true }, ({ notes, facts }) => {
+    assert.deepStrictEqual([notes, facts.direct_io], [["buffered I/O: as asked"], 0]);
+  });
+  withTarget(file, {}, ({ notes, facts }) => {
+    assert.match(notes[0]!, facts.direct_io ? /^direct I\/O$/ : /^buffered I\/O: ./);
+  });
+});
+
+test("loop's close leaves no descriptor", () => {
+  const file = image(4096);
+  for (const options of [{}, { buffered: true }, { readOnly: true }]) {
+    withTarget(file, options, () => assert.strictEqual(descriptorsOf(file), 1));
+  }
+  assert.strictEqual(descriptorsOf(file), 0);
+});

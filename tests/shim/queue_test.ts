@@ -1,0 +1,408 @@
+// SPDX-License-Identifier: MIT
+/**
+ * core/queue.ts over a real ring without a driver: with charFd -1, FETCH and COMMIT are NOPs, so
+ * each fetched tag at once becomes a request described by plain memory, which the test fills.
+ *
+ * `SpyShim` stands between Queue and ring: it sees each command before the kernel does, and may
+ * change each event before the queue does. Needs io_uring.
+ */
+import assert from "node:assert/strict";
+import process from "node:process";
+import { test } from "node:test";
+import { ERRNO } from "../../abi/errno.ts";
+import {
+  UBLK_IO_OP_DISCARD,
+  UBLK_IO_OP_FLUSH,
+  UBLK_IO_OP_READ,
+  UBLK_IO_OP_WRITE,
+} from "../../abi/ublk_cmd.ts";
+import { AssertionError } from "../../core/assert.ts";
+import { UblkError } from "../../core/error.ts";
+import { Queue } from "../../core/queue.ts";
+import type { RequestHandler } from "../../core/target.ts";
+import {
+  COMMAND_COMMIT,
+  COMMAND_FETCH,
+  EVENT_REQUEST,
+  type QueueConfig,
+  type QueueMemory,
+  Shim,
+} from "../../ffi/mod.ts";
+
+const { EIO, EAGAIN, ENOSPC, EINVAL, ENODEV } = ERRNO;
+
+class SpyShim extends Shim {
+  memory!: QueueMemory;
+  /** [operation, tag, value] of each command that went to the ring. */
+  readonly commands: [number, number, number][] = [];
+  /** May change an event's words: kind, tag, result, ... */
+  onEvent: (words: Int32Array) => void = () => {};
+  #turns = 0;
+
+  constructor() {
+    super();
+    const { ubd_step } = this.native;
+    const native = { ...this.native, ubd_step: this.#step.bind(this, ubd_step) };
+    Object.assign(this, { native });
+  }
+
+  override queueInit(config: QueueConfig): QueueMemory | number {
+    const memory = super.queueInit(config);
+    if (typeof memory !== "number") this.memory = memory;
+    return memory;
+  }
+
+  #step(step: Shim["native"]["ubd_step"], handle: number, count: number, wait: number): number {
+    const words = new Int32Array(this.memory.commands);
+    for (let at = 0; at < count * 8; at += 8) {
+      this.commands.push([words[at]!, words[at + 1]!, words[at + 2]!]);
+    }
+    // Never blocks, so that a lost commit is a failed test and not one that hangs.
+    const deadline = performance.now() + 20_000;
+    let events = step(handle, count, 0);
+    while (wait && events === 0) {
+      if (performance.now() > deadline) throw new Error("the queue waits for nothing");
+      events = step(handle, 0, 0);
+    }
+    if (++this.#turns > 100_000) throw new Error("the queue does not end");
+    for (let index = 0; index < events; index++) {
+      this.onEvent(new Int32Array(this.memory.events, index * 32, 8));
+    }
+    return events;
+  }
+
+  get commits(): [number, number][] {
+    return this.commands.filter(([op]) => op === COMMAND_COMMIT)
+      .map(([, tag, value]) => [tag, value]);
+  }
+
+  describe(tag: number, op: number, sectors: number, startSector = 0): void {
+    const view = new DataView(this.memory.descriptors);
+    view.setUint32(tag * 24, op, true);
+    view.setUint32(tag * 24 + 4, sectors, true);
+    view.setBigUint64(tag * 24 + 8, BigInt(startSector), true);
+  }
+}
+
+/** A queue over `shim`, its wake-up descriptor, and how to leave its loop. */
+function setUp(shim: Shim, depth: number) {
+  const wakeFd = shim.native.ubd_eventfd();
+  const queue = new Queue(shim, {
+    charFd: -1,
+    wakeFd,
+    queueId: 0,
+    depth,
+    ioBytesMax: 65536,
+    fetchOpcode: 0,
+    commitOpcode: 0,
+    sqe128: false,
+    descriptorOffset: 0,
+    descriptorBytes: Math.ceil(depth * 24 / 4096) * 4096,
+  });
+  const failures: unknown[] = [];
+  return {
+    queue,
+    failures,
+    wake: () => shim.native.ubd_wake(wakeFd),
+    run: (handler: RequestHandler) =>
+      queue.run(handler, () => true, (error) => failures.push(error)),
+    [Symbol.dispose]() {
+      queue[Symbol.dispose]();
+      shim.native.ubd_close(wakeFd);
+    },
+  };
+}
+
+/** Serves `count` requests by `serve`, parks what comes after them, and leaves the loop. */
+function serveSome(
+  spy: SpyShim,
+  set: ReturnType<typeof setUp>,
+  count: number,
+  serve: RequestHandler["handle"],
+): void {
+  let begun = 0;
+  set.run({
+    handle(queue, tag) {
+      if (begun++ < count) serve(queue, tag);
+      else if (spy.commits.length >= count) set.wake();
+    },
+  });
+}
+
+test("Queue.run fetches each tag once, then commits each request exactly once", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 8);
+  for (let tag = 0; tag < 8; tag++) spy.describe(tag, UBLK_IO_OP_FLUSH, 0);
+  const served = new Array(8).fill(0);
+  serveSome(spy, set, 1000, (queue, tag) => {
+    served[tag]++;
+    queue.commit(tag, 0);
+  });
+  const fetched = spy.commands.filter(([op]) => op === COMMAND_FETCH).map(([, tag]) => tag);
+  assert.deepStrictEqual(fetched, [0, 1, 2, 3, 4, 5, 6, 7]);
+  const committed = new Array(8).fill(0);
+  for (const [tag] of spy.commits) committed[tag]++;
+  assert.deepStrictEqual(committed, served);
+  assert.strictEqual(spy.commits.length, 1000);
+  assert.ok(served.every((count) => count > 0));
+  assert.deepStrictEqual(set.failures, []);
+});
+
+test("Queue shows a handler operation, flags, bytes and offset of the tag's descriptor", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 3);
+  spy.describe(0, UBLK_IO_OP_READ | 1 << 13, 8, 2);
+  spy.describe(1, UBLK_IO_OP_DISCARD | 0x8000_0000, 0xffff_ffff, 2 ** 44 - 1);
+  spy.describe(2, UBLK_IO_OP_WRITE, 1, 0);
+  const seen: unknown[] = [];
+  serveSome(spy, set, 3, (queue, tag) => {
+    seen[tag] = [queue.op(tag), queue.flags(tag), queue.bytes(tag), queue.offset(tag)];
+    queue.commit(tag, -EIO);
+  });
+  assert.deepStrictEqual(seen, [
+    [UBLK_IO_OP_READ, 1 << 13, 4096, 1024],
+    [UBLK_IO_OP_DISCARD, 0x8000_0003, 0xffff_ffff * 512, 2 ** 53 - 512],
+    [UBLK_IO_OP_WRITE, 1, 512, 0],
+  ]);
+});
+
+/** [operation, what the handler commits, what goes to the driver] for requests of 4096 bytes. */
+const RESULTS: [number, number, number][] = [
+  [UBLK_IO_OP_READ, 4096, 4096],
+  [UBLK_IO_OP_READ, 512, 512],
+  [UBLK_IO_OP_READ, 0, -EIO],
+  [UBLK_IO_OP_READ, 4097, -EIO],
+  [UBLK_IO_OP_WRITE, 4096, 4096],
+  [UBLK_IO_OP_WRITE, 512, 512],
+  [UBLK_IO_OP_WRITE, 0, -EIO],
+  [UBLK_IO_OP_WRITE, 4097, -EIO],
+  [UBLK_IO_OP_WRITE, -EAGAIN, -EIO],
+  [UBLK_IO_OP_WRITE, -ENOSPC, -ENOSPC],
+  [UBLK_IO_OP_FLUSH, 0, 0],
+  [UBLK_IO_OP_FLUSH, -EAGAIN, -EIO],
+  [UBLK_IO_OP_FLUSH, -EIO, -EIO],
+  [UBLK_IO_OP_DISCARD, 0, 0],
+];
+
+test("Queue.commit hands on results, but no empty, excessive or EAGAIN ones", () => {
+  for (const [op, result, expected] of RESULTS) {
+    const spy = new SpyShim();
+    using set = setUp(spy, 1);
+    spy.describe(0, op, 8);
+    serveSome(spy, set, 1, (queue, tag) => queue.commit(tag, result));
+    assert.deepStrictEqual(spy.commits, [[0, expected]], `op ${op}: ${result}`);
+  }
+});
+
+test("Queue.commit asserts that a request is answered once, and that there is one", () => {
+  const noRequest = (error: unknown) =>
+    error instanceof AssertionError && /commit of a tag that serves no request/.test(error.message);
+  const spy = new SpyShim();
+  using set = setUp(spy, 2);
+  assert.throws(() => set.queue.commit(0, 0), noRequest, "before the first request");
+  let refused = 0;
+  serveSome(spy, set, 10, (queue, tag) => {
+    queue.commit(tag, -EIO);
+    assert.throws(() => queue.commit(tag, -EIO), noRequest, "the second time");
+    refused++;
+  });
+  assert.strictEqual(refused, 10);
+  assert.strictEqual(spy.commits.length, 10);
+  assert.throws(() => set.queue.commit(2, 0), noRequest, "a tag that is not");
+});
+
+test("Queue.run ends with the assertion when a handler commits twice", () => {
+  using set = setUp(new SpyShim(), 1);
+  const twice = (queue: Queue, tag: number) => {
+    queue.commit(tag, -EIO);
+    queue.commit(tag, -EIO);
+  };
+  assert.throws(() => set.run({ handle: twice }), AssertionError);
+});
+
+test("Queue.run asserts that a queue runs once", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 1);
+  serveSome(spy, set, 1, (queue, tag) => queue.commit(tag, -EIO));
+  assert.throws(() => set.run({ handle() {} }), /a queue runs once/);
+});
+
+test("Queue.run answers EIO once for a handler that throws, and goes on", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 2);
+  for (const tag of [0, 1]) spy.describe(tag, UBLK_IO_OP_FLUSH, 0);
+  let count = 0;
+  const results: number[] = [];
+  serveSome(spy, set, 100, (queue, tag) => {
+    const fails = count++ % 10 === 3;
+    results.push(fails ? -EIO : 0);
+    if (fails) throw new Error(`failure ${count}`);
+    queue.commit(tag, 0);
+  });
+  assert.deepStrictEqual(spy.commits.map(([, value]) => value), results);
+  assert.strictEqual(set.failures.length, 10);
+  assert.strictEqual((set.failures[0] as Error).message, "failure 4");
+});
+
+test("Queue.run answers EIO for a resume that throws", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 1);
+  const zero = spy.open("/dev/zero", 0);
+  spy.describe(0, UBLK_IO_OP_READ, 8);
+  let begun = 0;
+  set.run({
+    handle(queue, tag) {
+      if (begun++ === 0) queue.read(tag, zero, 0, 4096, 0);
+      else set.wake();
+    },
+    resume() {
+      throw new Error("resume fails");
+    },
+  });
+  assert.deepStrictEqual(spy.commits, [[0, -EIO]]);
+  assert.match(String(set.failures), /resume fails/);
+  spy.native.ubd_close(zero);
+});
+
+test("Queue.run reports a handler that throws after its commit, and commits no second time", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 1);
+  spy.describe(0, UBLK_IO_OP_FLUSH, 0);
+  serveSome(spy, set, 3, (queue, tag) => {
+    queue.commit(tag, 0);
+    throw new Error("too late");
+  });
+  assert.deepStrictEqual(spy.commits, [[0, 0], [0, 0], [0, 0]]);
+  assert.strictEqual(set.failures.length, 3);
+});
+
+test("Queue.run leaves when woken() is true, and asks again at the next wake-up when not", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 1);
+  const answers: boolean[] = [];
+  let requests = 0;
+  set.queue.run(
+    {
+      handle(queue, tag) {
+        requests++;
+        set.wake();
+        queue.commit(tag, -EIO);
+      },
+    },
+    () => {
+      answers.push(requests >= 50);
+      return requests >= 50;
+    },
+    () => {},
+  );
+  assert.strictEqual(answers.at(-1), true);
+  assert.ok(answers.length >= 2 && answers.slice(0, -1).every((answer) => !answer), `${answers}`);
+});
+
+test("Queue.run ends when the driver has taken every tag back", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 4);
+  let requests = 0;
+  spy.onEvent = (words) => {
+    if (words[0] === EVENT_REQUEST && requests >= 100) words[2] = -ENODEV;
+  };
+  set.queue.run(
+    {
+      handle(queue, tag) {
+        requests++;
+        queue.commit(tag, -EIO);
+      },
+    },
+    () => assert.fail("woken"),
+    () => assert.fail("failed"),
+  );
+  assert.ok(requests >= 100 && requests < 110);
+  assert.strictEqual(spy.commits.length, requests);
+});
+
+test("Queue.run throws what the driver answers to a FETCH instead of a request", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 2);
+  spy.onEvent = (words) => void (words[2] = -EINVAL);
+  assert.throws(
+    () => set.run({ handle: () => assert.fail("a request") }),
+    (error) => error instanceof UblkError && error.errno === "EINVAL",
+  );
+});
+
+test("Queue.run asserts that no event belongs to a tag that waits for none", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 2);
+  spy.onEvent = (words) => void (words[1] = 0);
+  assert.throws(() => set.run({ handle() {} }), /request on a tag that was not fetched/);
+});
+
+test("Queue.fillZero clears its part of the tag's buffer and no other byte", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 2);
+  const bytes = new Uint8Array(spy.memory.buffers).fill(0xee);
+  set.queue.fillZero(1, 10, 20);
+  const expected = new Uint8Array(bytes.length).fill(0xee).fill(0, 65536 + 10, 65536 + 20);
+  assert.deepStrictEqual(bytes, expected);
+});
+
+test("Queue's disposal is idempotent, and its constructor throws where there is no ring", () => {
+  const spy = new SpyShim();
+  const set = setUp(spy, 1);
+  set.queue[Symbol.dispose]();
+  set.queue[Symbol.dispose]();
+  assert.strictEqual(spy.native.ubd_queue_exit(spy.memory.handle), -ERRNO.EBADF);
+  set[Symbol.dispose]();
+  assert.throws(() => setUp(spy, 0), (error) => {
+    return error instanceof UblkError && error.operation === "set up a ring";
+  });
+});
+
+/** Objects or bytes that live after a collection, as the runtime can tell. */
+async function heap(): Promise<number> {
+  if ("Bun" in globalThis) {
+    const { heapStats } = await import("bun:jsc");
+    (globalThis as unknown as { Bun: { gc(force: boolean): void } }).Bun.gc(true);
+    return heapStats().objectCount;
+  }
+  return process.memoryUsage().heapUsed;
+}
+
+/** Growth that 100 000 retained objects cannot hide in: objects under Bun, bytes under Deno. */
+const HEAP_SLACK = "Bun" in globalThis ? 20_000 : 2_000_000;
+
+/** How much more is on the heap after 100 000 requests. */
+async function growth(onRequest: (tag: number) => void): Promise<number> {
+  const shim = new Shim();
+  const measure = async (count: number) => {
+    using set = setUp(shim, 64);
+    const before = await heap();
+    let served = 0;
+    set.run({
+      handle(queue, tag) {
+        onRequest(tag);
+        if (++served === count) set.wake();
+        queue.commit(tag, -EIO);
+      },
+    });
+    return await heap() - before;
+  };
+  await measure(100_000);
+  return await measure(100_000);
+}
+
+test("Queue.run keeps nothing on the heap for 100 000 requests", { timeout: 60_000 }, async () => {
+  const grown = await growth(() => {});
+  assert.ok(grown < HEAP_SLACK, `${grown}`);
+});
+
+test(
+  "the measure above sees one object retained for each request",
+  { timeout: 60_000 },
+  async () => {
+    const kept: unknown[] = [];
+    const grown = await growth((tag) => kept.push({ tag, sectors: kept.length }));
+    assert.ok(grown > HEAP_SLACK, `${grown}`);
+    assert.ok(kept.length >= 200_000);
+  },
+);

@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: MIT
+/**
+ * The shared library: each export's refusals and releases, its layouts against abi/, its ELF
+ * files for both architectures, and the ways in which ffi/load.ts gets it loaded.
+ *
+ * Needs io_uring. File descriptors are counted in /proc/self/fd.
+ */
+import assert from "node:assert/strict";
+import { Buffer } from "node:buffer";
+import { execFileSync } from "node:child_process";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync } from "node:fs";
+import { arch, tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import process from "node:process";
+import { test } from "node:test";
+import { ERRNO } from "../../abi/errno.ts";
+import { IO_URING_CQE, IO_URING_PARAMS, IO_URING_SQE, SQE_CMD_OFFSET } from "../../abi/io_uring.ts";
+import type { Layout } from "../../abi/struct.ts";
+import { UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC } from "../../abi/ublk_structs.ts";
+import { loadShim } from "../../ffi/load.ts";
+import { PAYLOAD_COUNT, type QueueConfig, Shim } from "../../ffi/mod.ts";
+import { SHIM_BASE64 } from "../../ffi/shim_binary.ts";
+import { type Adapter, type Native, SYMBOLS } from "../../ffi/symbols.ts";
+
+const { adapter }: { adapter: Adapter } = "Bun" in globalThis
+  ? await import("../../ffi/bun.ts")
+  : await import("../../ffi/deno.ts");
+
+const shim = new Shim();
+const { native } = shim;
+const wakeFd = native.ubd_eventfd();
+
+/** A null pointer where the table says `buffer`. */
+const NULL = null as unknown as Uint8Array<ArrayBuffer>;
+const { EBADF, EINVAL, ENFILE, ENODEV, ENOENT } = ERRNO;
+
+const CONFIG: QueueConfig = {
+  charFd: -1,
+  wakeFd,
+  queueId: 0,
+  depth: 4,
+  ioBytesMax: 4096,
+  fetchOpcode: 0,
+  commitOpcode: 0,
+  sqe128: false,
+  descriptorOffset: 0,
+  descriptorBytes: 4096,
+};
+
+/** Sets up a queue and takes it down again. @returns 0, or -errno. */
+function tryQueue(config: Partial<QueueConfig>): number {
+  const memory = shim.queueInit({ ...CONFIG, ...config });
+  return typeof memory === "number" ? memory : native.ubd_queue_exit(memory.handle);
+}
+
+/** Descriptors of the kinds that the shim makes; the runtime's own come and go. */
+const openFds = () => openPaths().filter((path) => /io_uring|eventfd|ubd-/.test(path)).length;
+
+/** What is open, apart from the descriptor of the listing itself. */
+function openPaths(): string[] {
+  return readdirSync("/proc/self/fd").flatMap((fd) => {
+    try {
+      return [readlinkSync(`/proc/self/fd/${fd}`)];
+    } catch {
+      return [];
+    }
+  });
+}
+
+function leavesNoDescriptor(work: () => void): void {
+  work(); // What is made once, such as the registered ring table, is made here.
+  const before = openFds();
+  for (let round = 0; round < 5; round++) work();
+  assert.strictEqual(openFds(), before);
+}
+
+test("ubd_version is the version that ffi/load.ts wants", () => {
+  assert.strictEqual(native.ubd_version(), 1);
+});
+
+test("ubd_queue_init takes depths from 1 to 4096", () => {
+  const descriptorBytes = 4096 * 24;
+  for (const depth of [1, 2, 3, 4095, 4096]) {
+    assert.strictEqual(tryQueue({ depth, descriptorBytes }), 0, `depth ${depth}`);
+  }
+  for (const depth of [0, 4097, 65536, -1]) {
+    assert.strictEqual(
+      tryQueue({ depth, descriptorBytes: 0x7fff_f000 }),
+      -EINVAL,
+      `depth ${depth}`,
+    );
+  }
+});
+
+test("ubd_queue_init takes buffers of whole pages", () => {
+  for (const ioBytesMax of [4096, 8192, 33554432]) {
+    assert.strictEqual(tryQueue({ ioBytesMax }), 0, `${ioBytesMax}`);
+  }
+  for (const ioBytesMax of [0, 1, 512, 4095, 4097, 6144]) {
+    assert.strictEqual(tryQueue({ ioBytesMax }), -EINVAL, `${ioBytesMax}`);
+  }
+});
+
+test("ubd_queue_init takes a descriptor area of whole pages that holds every tag", () => {
+  assert.strictEqual(tryQueue({ depth: 170, descriptorBytes: 4096 }), 0);
+  assert.strictEqual(tryQueue({ depth: 171, descriptorBytes: 4096 }), -EINVAL);
+  assert.strictEqual(tryQueue({ depth: 171, descriptorBytes: 8192 }), 0);
+  assert.strictEqual(tryQueue({ descriptorBytes: 96 }), -EINVAL);
+  assert.strictEqual(tryQueue({ descriptorBytes: 4097 }), -EINVAL);
+  assert.strictEqual(tryQueue({ descriptorBytes: 0 }), -EINVAL);
+});
+
+test("ubd_queue_init refuses a null config, no wake descriptor, and a bad character device", () => {
+  assert.strictEqual(native.ubd_queue_init(NULL), -EINVAL);
+  assert.strictEqual(tryQueue({ wakeFd: -1 }), -EINVAL);
+  const zero = shim.open("/dev/null", 2);
+  assert.strictEqual(tryQueue({ charFd: zero }), -ENODEV, "/dev/null cannot be mapped");
+  assert.strictEqual(tryQueue({ charFd: zero, descriptorOffset: -4096 }), -EINVAL);
+  assert.strictEqual(tryQueue({ charFd: zero, descriptorOffset: NaN }), -EINVAL);
+  native.ubd_close(zero);
+});
+
+test("ubd_queue_init sets up rings of 128-byte SQEs", () => {
+  assert.strictEqual(tryQueue({ sqe128: true }), 0);
+});
+
+test("ubd_queue_address answers for four regions of a living queue only", () => {
+  const memory = shim.queueInit(CONFIG);
+  assert.ok(typeof memory !== "number");
+  const addresses = [0, 1, 2, 3].map((region) => native.ubd_queue_address(memory.handle, region));
+  assert.ok(addresses.every((address) => address > 0));
+  assert.strictEqual(new Set(addresses).size, 4);
+  assert.strictEqual(addresses[2]! % 4096, 0);
+  assert.strictEqual(native.ubd_queue_address(memory.handle, 4), -1);
+  native.ubd_queue_exit(memory.handle);
+  assert.strictEqual(native.ubd_queue_address(memory.handle, 0), -1);
+});
+
+test("handles that are stale, never given or too large are refused by every call", () => {
+  const queue = shim.queueInit(CONFIG);
+  const control = shim.controlInit();
+  assert.ok(typeof queue !== "number" && typeof control !== "number");
+  assert.strictEqual(native.ubd_queue_exit(queue.handle), 0);
+  assert.strictEqual(native.ubd_control_exit(control.handle), 0);
+  const out = new Int32Array(2);
+  const request = new BigInt64Array(5);
+  for (const stale of [1023, 1024, 0x7fff_ffff, 0xffff_ffff]) {
+    assert.strictEqual(native.ubd_queue_exit(stale), -EBADF);
+    assert.strictEqual(native.ubd_queue_address(stale, 0), -1);
+    assert.strictEqual(native.ubd_step(stale, 0, 0), -EBADF);
+    assert.strictEqual(native.ubd_control_exit(stale), -EBADF);
+    assert.strictEqual(native.ubd_control_address(stale), -1);
+    assert.strictEqual(native.ubd_control_submit(stale, request), -EBADF);
+    assert.strictEqual(native.ubd_control_reap(stale, out), -EBADF);
+  }
+  assert.strictEqual(native.ubd_queue_exit(queue.handle), -EBADF, "second exit");
+  assert.strictEqual(native.ubd_step(queue.handle, 0, 0), -EBADF);
+  assert.strictEqual(native.ubd_control_exit(control.handle), -EBADF, "second exit");
+  assert.strictEqual(native.ubd_control_reap(control.handle, out), -EBADF);
+});
+
+test("ubd_step refuses more commands than tags and the wake-up, bad tags and bad operations", () => {
+  const packed = (count: number, ...words: number[]) => {
+    const memory = shim.queueInit(CONFIG);
+    assert.ok(typeof memory !== "number");
+    new Int32Array(memory.commands).set(words);
+    const result = native.ubd_step(memory.handle, count, 0);
+    native.ubd_queue_exit(memory.handle);
+    return result;
+  };
+  assert.strictEqual(packed(0), 0);
+  assert.strictEqual(packed(5), 5, "FETCH of tag 0 is a NOP here");
+  assert.strictEqual(packed(6), -EINVAL);
+  assert.strictEqual(packed(1, 0, 3), 1);
+  assert.strictEqual(packed(1, 0, 4), -EINVAL, "tag = depth");
+  assert.strictEqual(packed(1, 0, -1), -EINVAL);
+  assert.strictEqual(packed(1, 7, 0), -EINVAL, "no such operation");
+});
+
+test("ubd_step refuses data outside the tag's buffer and offsets that are no number", () => {
+  const file = shim.open("/dev/zero", 2);
+  const io = (op: number, bytes: number, bufferOffset: number, fileOffset: number) => {
+    const memory = shim.queueInit(CONFIG);
+    assert.ok(typeof memory !== "number");
+    new Int32Array(memory.commands).set([op, 0, file, 0, bytes, bufferOffset]);
+    new Float64Array(memory.commands)[3] = fileOffset;
+    const result = native.ubd_step(memory.handle, 1, 1);
+    native.ubd_queue_exit(memory.handle);
+    return result;
+  };
+  const answers = [2, 3].flatMap((op) => [
+    [io(op, 4096, 0, 0), io(op, 1, 4095, 0), io(op, 512, 0, 2 ** 40)],
+    [io(op, 4097, 0, 0), io(op, 1, 4096, 0), io(op, 4096, 1, 0), io(op, -1, 2, 0)],
+    [io(op, 512, 0, -1), io(op, 512, 0, NaN), io(op, 512, 0, 2 ** 53 + 2)],
+  ]);
+  const refused = -EINVAL;
+  const expected = [[1, 1, 1], [refused, refused, refused, refused], [refused, refused, refused]];
+  assert.deepStrictEqual(answers, [...expected, ...expected]);
+  native.ubd_close(file);
+});
+
+test("ubd_control_submit refuses payloads outside its areas", () => {
+  const control = shim.controlInit();
+  assert.ok(typeof control !== "number");
+  const submit = (change: Partial<Parameters<Shim["controlSubmit"]>[1]>) =>
+    shim.controlSubmit(control.handle, {
+      controlFd: -1,
+      opcode: 0,
+      deviceId: 0,
+      queueId: 0,
+      payload: 0,
+      payloadBytes: 0,
+      pathBytes: 0,
+      data: 0n,
+      ...change,
+    });
+  assert.strictEqual(native.ubd_control_submit(control.handle, NULL), -EINVAL);
+  assert.strictEqual(submit({ payload: PAYLOAD_COUNT }), -EINVAL);
+  assert.strictEqual(submit({ payload: -1 }), -EINVAL);
+  assert.strictEqual(submit({ payloadBytes: 8193 }), -EINVAL);
+  assert.strictEqual(submit({ payloadBytes: 8, pathBytes: 9 }), -EINVAL);
+  assert.strictEqual(submit({ queueId: 0x10000 }), -EINVAL);
+
+  const out = new Int32Array(2);
+  assert.strictEqual(native.ubd_control_reap(control.handle, NULL), -EINVAL);
+  assert.strictEqual(native.ubd_control_reap(control.handle, out), 0, "nothing in flight");
+  const last = PAYLOAD_COUNT - 1;
+  const taken = submit({ payload: last, payloadBytes: 8192, pathBytes: 8192, queueId: 0xffff });
+  assert.strictEqual(taken, 0);
+  let reaped = 0;
+  for (let turn = 0; turn < 1000 && reaped === 0; turn++) {
+    reaped = native.ubd_control_reap(control.handle, out);
+  }
+  assert.deepStrictEqual([reaped, ...out], [1, last, -EBADF], "descriptor -1");
+  native.ubd_control_exit(control.handle);
+});
+
+test("file calls answer -errno for bad descriptors, pointers, offsets and sizes", () => {
+  const out = new Uint8Array(256);
+  const fd = shim.open("/proc/self/exe", 0);
+  const answers: [string, number, number][] = [
+    ["open null", native.ubd_open(NULL, 0), -EINVAL],
+    ["open absent", shim.open("/nonexistent", 0), -ENOENT],
+    ["close", native.ubd_close(-1), -EBADF],
+    ["flock", native.ubd_flock(-1, 2), -EBADF],
+    ["fdatasync", native.ubd_fdatasync(-1), -EBADF],
+    ["fallocate", native.ubd_fallocate(-1, 0, 0, 4096), -EBADF],
+    ["fallocate offset", native.ubd_fallocate(fd, 0, -1, 4096), -EINVAL],
+    ["fallocate length", native.ubd_fallocate(fd, 0, 0, NaN), -EINVAL],
+    ["probe_read", native.ubd_probe_read(-1, 512, 0), -EBADF],
+    ["probe_read size", native.ubd_probe_read(fd, 4097, 0), -EINVAL],
+    ["probe_read offset", native.ubd_probe_read(fd, 512, Infinity), -EINVAL],
+    ["probe_read page", native.ubd_probe_read(fd, 4096, 0), 4096],
+    ["statx", native.ubd_statx(-1, 0, out), -EBADF],
+    ["statx null", native.ubd_statx(fd, 0, NULL), -EINVAL],
+    ["statx good", native.ubd_statx(fd, 0x7ff, out), 0],
+    ["ioctl", native.ubd_ioctl(-1, 0, out), -EBADF],
+    ["ioctl null", native.ubd_ioctl(fd, 0, NULL), -EINVAL],
+    ["wake", native.ubd_wake(-1), -EBADF],
+    ["layout null", native.ubd_layout(NULL, 0), -EINVAL],
+    ["close good", native.ubd_close(fd), 0],
+    ["close again", native.ubd_close(fd), -EBADF],
+  ];
+  for (const [name, got, expected] of answers) assert.strictEqual(got, expected, name);
+});
+
+test("ubd_open's descriptors do not survive exec", () => {
+  const fd = shim.open("/dev/null", 0);
+  const flags = /^flags:\s+(\d+)$/m.exec(readFileSync(`/proc/self/fdinfo/${fd}`, "utf8"))![1]!;
+  native.ubd_close(fd);
+  assert.strictEqual(parseInt(flags, 8) & 0o2000000, 0o2000000);
+});
+
+test("ubd_gettid names this thread", () => {
+  const link = readlinkSync("/proc/thread-self");
+  assert.match(link, new RegExp(`^${process.pid}/task/\\d+$`));
+  assert.ok(readdirSync("/proc/self/task").includes(String(native.ubd_gettid())));
+});
+
+test("queues and control rings leave no descriptor behind, refused ones included", () => {
+  leavesNoDescriptor(() => {
+    assert.strictEqual(tryQueue({}), 0);
+    assert.strictEqual(tryQueue({ sqe128: true, depth: 64 }), 0);
+    assert.strictEqual(tryQueue({ depth: 0 }), -EINVAL);
+    assert.strictEqual(tryQueue({ charFd: 0x7fff }), -EINVAL);
+    const control = shim.controlInit();
+    assert.ok(typeof control !== "number");
+    native.ubd_control_exit(control.handle);
+  });
+});
+
+const fdLimit = Number(
+  /^Max open files\s+(\d+)/m.exec(readFileSync("/proc/self/limits", "utf8"))?.[1] ?? Infinity,
+);
+
+test("queues up to the limit of handles are told apart and released again", {
+  skip: fdLimit < 1200 ? `needs 1200 file descriptors, there may be ${fdLimit}` : false,
+  timeout: 60_000,
+}, () => {
+  const before = openFds();
+  const handles: number[] = [];
+  let refused = 0;
+  while (refused === 0) {
+    assert.ok(handles.length <= 1024);
+    const memory = shim.queueInit({ ...CONFIG, depth: 1 });
+    if (typeof memory === "number") refused = memory;
+    else handles.push(memory.handle);
+  }
+  assert.strictEqual(refused, -ENFILE);
+  assert.strictEqual(handles.length, 1024);
+  assert.strictEqual(new Set(handles).size, 1024);
+  for (const handle of handles) assert.strictEqual(native.ubd_queue_exit(handle), 0);
+  assert.strictEqual(openFds(), before);
+  assert.strictEqual(tryQueue({}), 0);
+});
+
+test("layout() has the kernel's sizes and offsets of abi/", () => {
+  const layouts: Layout[] = [
+    ...[IO_URING_SQE, IO_URING_CQE, IO_URING_PARAMS],
+    ...[UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC],
+  ];
+  const numbers = new Map(
+    shim.layout().trimEnd().split("\n").map((line) => {
+      const [name, value] = line.split(" ");
+      return [name!, Number(value)];
+    }),
+  );
+  for (const { name, size, fields } of layouts) {
+    assert.strictEqual(numbers.get(name), size, name);
+    const shared = Object.keys(fields).filter((field) => numbers.has(`${name}.${field}`));
+    assert.ok(shared.length >= 3, name);
+    for (const field of shared) {
+      assert.strictEqual(numbers.get(`${name}.${field}`), fields[field]!.offset, field);
+      numbers.delete(`${name}.${field}`);
+    }
+    numbers.delete(name);
+  }
+  // What the shim calls by a name of its own.
+  assert.deepStrictEqual(Object.fromEntries(numbers), {
+    "io_uring_sqe.op_flags": IO_URING_SQE.fields.rw_flags.offset,
+    "io_uring_sqe.cmd": SQE_CMD_OFFSET,
+  });
+});
+
+test("ubd_layout never writes behind the size it is given, and answers the size it needs", () => {
+  const whole = new TextEncoder().encode(shim.layout());
+  const small = new Uint8Array(64).fill(0xee);
+  assert.strictEqual(native.ubd_layout(small, 10), whole.length);
+  assert.deepStrictEqual(small.subarray(0, 10), whole.subarray(0, 10));
+  assert.ok(small.subarray(10).every((byte) => byte === 0xee));
+});
+
+interface Elf {
+  machine: number;
+  /** Types of the program headers, and whether any maps memory both writable and executable. */
+  segments: number[];
+  writableCode: boolean;
+  dynamicTags: bigint[];
+  undefinedNames: string[];
+  exportedNames: string[];
+}
+
+/** Reads what a dynamic linker reads of a 64-bit little-endian library. */
+function readElf(bytes: Uint8Array): Elf {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const long = (at: number) => Number(view.getBigUint64(at, true));
+  assert.strictEqual(view.getUint32(0), 0x7f454c46);
+  assert.deepStrictEqual([bytes[4], bytes[5]], [2, 1], "64-bit, little-endian");
+  const segments: number[] = [];
+  let writableCode = false;
+  for (let index = 0; index < view.getUint16(56, true); index++) {
+    const at = long(32) + index * view.getUint16(54, true);
+    segments.push(view.getUint32(at, true));
+    if ((view.getUint32(at + 4, true) & 3) === 3) writableCode = true;
+  }
+  const sections = Array.from({ length: view.getUint16(60, true) }, (_, index) => {
+    const at = long(40) + index * view.getUint16(58, true);
+    const [type, link] = [view.getUint32(at + 4, true), view.getUint32(at + 40, true)];
+    return { type, link, offset: long(at + 24), size: long(at + 32) };
+  });
+  const only = (type: number) => sections.find((section) => section.type === type)!;
+  const [symbols, dynamic] = [only(11), only(6)];
+  const strings = sections[symbols.link]!;
+  const nameAt = (start: number) => {
+    const from = strings.offset + start;
+    return new TextDecoder().decode(bytes.subarray(from, bytes.indexOf(0, from)));
+  };
+  const dynamicTags: bigint[] = [];
+  for (let at = dynamic.offset; at < dynamic.offset + dynamic.size; at += 16) {
+    dynamicTags.push(view.getBigUint64(at, true));
+  }
+  const [undefinedNames, exportedNames]: [string[], string[]] = [[], []];
+  for (let at = symbols.offset + 24; at < symbols.offset + symbols.size; at += 24) {
+    const list = view.getUint16(at + 6, true) === 0 ? undefinedNames : exportedNames;
+    list.push(nameAt(view.getUint32(at, true)));
+  }
+  return {
+    machine: view.getUint16(18, true),
+    ...{ segments, writableCode, dynamicTags, undefinedNames, exportedNames },
+  };
+}
+
+for (const [name, machine] of [["x64", 62], ["arm64", 183]] as const) {
+  test(`the ${name} library needs no other, and exports exactly SYMBOLS`, () => {
+    const bytes = new Uint8Array(Buffer.from(SHIM_BASE64[name], "base64"));
+    const elf = readElf(bytes);
+    const [DT_NEEDED, DT_TEXTREL, PT_TLS, PT_INTERP] = [1n, 22n, 7, 3];
+    assert.strictEqual(elf.machine, machine);
+    assert.ok(!elf.dynamicTags.includes(DT_NEEDED));
+    assert.ok(!elf.dynamicTags.includes(DT_TEXTREL));
+    assert.ok(!elf.segments.includes(PT_TLS) && !elf.segments.includes(PT_INTERP));
+    assert.ok(!elf.writableCode);
+    assert.deepStrictEqual(elf.undefinedNames, []);
+    assert.deepStrictEqual(elf.exportedNames.sort(), Object.keys(SYMBOLS).sort());
+    assert.ok(bytes.length < 64 * 1024, `${bytes.length} bytes`);
+  });
+}
+
+/** Where the library of a loaded shim was written, as the kernel remembers the unlinked file. */
+const placeOf = (path: string) => readlinkSync(path).replace(/ \(deleted\)$/, "");
+
+/** Loads a shim with this TMPDIR, which os.tmpdir() reads each time. */
+function loadIn(directory: string): string {
+  const saved = process.env.TMPDIR;
+  process.env.TMPDIR = directory;
+  try {
+    const loaded = new Shim();
+    assert.strictEqual(loaded.native.ubd_version(), 1);
+    return placeOf(loaded.path);
+  } finally {
+    if (saved === undefined) delete process.env.TMPDIR;
+    else process.env.TMPDIR = saved;
+  }
+}
+
+test("loadShim writes into TMPDIR and leaves nothing there", () => {
+  const directory = mkdtempSync(join(tmpdir(), "ubd-load-"));
+  try {
+    assert.ok(loadIn(directory).startsWith(`${directory}/.ubd-`));
+    assert.deepStrictEqual(readdirSync(directory), []);
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
+});
+
+test("loadShim falls back to /dev/shm where TMPDIR is missing or cannot be written", () => {
+  for (const directory of ["/nonexistent", "/proc", "/dev/null"]) {
+    const place = loadIn(directory);
+    assert.match(place, /^\/dev\/shm\/\.ubd-/, directory);
+    assert.ok(!existsSync(dirname(place)), "something is left behind");
+  }
+});
+
+/** Mounts an empty tmpfs that executes nothing. @returns undefined where that is not allowed. */
+function mountNoexec(): string | undefined {
+  const directory = mkdtempSync(join(tmpdir(), "ubd-noexec-"));
+  try {
+    const args = ["-t", "tmpfs", "-o", "noexec,size=1m", "ubd-test", directory];
+    execFileSync("mount", args, { stdio: "ignore" });
+    return directory;
+  } catch {
+    rmSync(directory, { recursive: true });
+    return undefined;
+  }
+}
+
+/** Lazily: glibc keeps a part of a library mapped that it could not map as a whole. */
+function unmount(directory: string): void {
+  execFileSync("umount", ["--lazy", directory]);
+  rmSync(directory, { recursive: true });
+}
+
+const trial = mountNoexec();
+if (trial) unmount(trial);
+
+test("loadShim falls back where TMPDIR is mounted noexec, and keeps no file open there", {
+  skip: trial ? false : "needs the right to mount a file system",
+}, () => {
+  const directory = mountNoexec()!;
+  try {
+    assert.match(loadIn(directory), /^\/dev\/shm\/\.ubd-/);
+    assert.deepStrictEqual(readdirSync(directory), []);
+    assert.deepStrictEqual(openPaths().filter((path) => path.startsWith(directory)), []);
+  } finally {
+    unmount(directory);
+  }
+});
+
+/** An adapter that refuses the shim wherever `refuses` says so, and notes each attempt. */
+function pickyAdapter(refuses: (place: string) => boolean, attempts: string[]): Adapter {
+  return {
+    ...adapter,
+    load(path, table) {
+      if (path.startsWith("/proc/self/fd/")) {
+        const place = placeOf(path);
+        attempts.push(place.replace(/\/\.ubd-.*$/, ""));
+        if (refuses(place)) throw new Error("failed to map segment");
+      }
+      return adapter.load(path, table);
+    },
+  };
+}
+
+test("loadShim takes memory when no directory will do", () => {
+  const attempts: string[] = [];
+  const { path, native } = loadShim(pickyAdapter((place) => !/memfd/.test(place), attempts));
+  assert.strictEqual(native.ubd_version(), 1);
+  assert.match(readlinkSync(path), /^\/memfd:ubd-shim/);
+  assert.strictEqual(attempts[0], tmpdir());
+  assert.match(attempts.at(-1)!, /memfd:ubd-shim/);
+  assert.strictEqual(new Set(attempts).size, attempts.length);
+});
+
+test("loadShim lists each place it tried when none will do, and keeps no descriptor", () => {
+  const refuseAll = () => {
+    const attempts: string[] = [];
+    assert.throws(() => loadShim(pickyAdapter(() => true, attempts)), (error: Error) => {
+      for (const place of [tmpdir(), "/dev/shm", "memory"]) {
+        assert.ok(error.message.includes(`${place}: failed to map segment`), error.message);
+      }
+      return error.message.startsWith("Cannot load the ubd shim (");
+    });
+    assert.ok(attempts.length >= 3);
+  };
+  leavesNoDescriptor(refuseAll);
+});
+
+test("loadShim refuses a library of another version", () => {
+  const other = { ...adapter, load: () => ({ ubd_version: () => 2 }) as unknown as Native };
+  assert.throws(
+    () => loadShim(other as unknown as Adapter),
+    /version 2 where 1 is needed/,
+  );
+});
+
+test("loadShim with a known path loads the same mapping again", () => {
+  const again = new Shim(shim.path);
+  assert.strictEqual(again.path, shim.path);
+  const memory = shim.queueInit(CONFIG);
+  assert.ok(typeof memory !== "number");
+  const address = native.ubd_queue_address(memory.handle, 0);
+  assert.strictEqual(again.native.ubd_queue_address(memory.handle, 0), address);
+  assert.strictEqual(again.native.ubd_queue_exit(memory.handle), 0);
+  assert.strictEqual(native.ubd_queue_exit(memory.handle), -EBADF);
+});
+
+test("a library is built for this machine", () => {
+  assert.ok(Object.keys(SHIM_BASE64).includes(arch()));
+});

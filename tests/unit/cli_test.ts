@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: MIT
+/**
+ * The program as a shell sees it, under the runtime that runs this test: what it prints where,
+ * and its exit code. No driver is needed; mistakes are found before the driver is opened.
+ */
+import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
+import { existsSync } from "node:fs";
+import { release } from "node:os";
+import { join } from "node:path";
+import process from "node:process";
+import { test } from "node:test";
+import { EXIT_MEANINGS } from "../../cli/exit.ts";
+import { VERSION } from "../../core/version.ts";
+import { runtime } from "../../ffi/mod.ts";
+
+const MAIN = join(import.meta.dirname!, "..", "..", "cli", "main.ts");
+const RUN = runtime.startsWith("Deno") ? ["run", "-A", "-q", "--no-check", MAIN] : [MAIN];
+const TIMEOUT = { timeout: 60_000 };
+const hasDriver = existsSync("/dev/ublk-control") || existsSync("/dev/ubd-control");
+const driverSkip = hasDriver ? "the ublk driver is loaded" : false;
+
+const VERBS = ["add", "del", "list", "info", "features", "version", "help"];
+
+interface Outcome {
+  code: number | null;
+  stdout: string;
+  stderr: string;
+}
+
+function ubd(...args: string[]): Outcome {
+  const { status, stdout, stderr } = spawnSync(process.execPath, [...RUN, ...args], {
+    encoding: "utf8",
+    env: { ...process.env, NO_COLOR: "1" },
+  });
+  return { code: status, stdout, stderr };
+}
+
+/** A mistake: exit 2, nothing on standard output, one reason on standard error. */
+function mistake(args: string[], reason: RegExp | string): void {
+  const { code, stdout, stderr } = ubd(...args);
+  const command = `ubd ${args.join(" ")}`;
+  if (typeof reason === "string") assert.strictEqual(stderr, `ubd: ${reason}\n`, command);
+  else assert.match(stderr, reason, command);
+  assert.doesNotMatch(stderr, /\n\s+at /, `${command} prints a stack`);
+  assert.deepStrictEqual({ code, stdout }, { code: 2, stdout: "" }, command);
+}
+
+test("ubd help names every verb and every documented exit code with its meaning", TIMEOUT, () => {
+  const { code, stdout, stderr } = ubd("help");
+  assert.deepStrictEqual({ code, stderr }, { code: 0, stderr: "" });
+  for (const verb of VERBS) assert.match(stdout, new RegExp(`^  ${verb}\\b`, "m"));
+  for (const [exitCode, meaning] of EXIT_MEANINGS) {
+    assert.ok(stdout.includes(`\n  ${String(exitCode).padEnd(4)}${meaning}`), meaning);
+  }
+  assert.doesNotMatch(stdout, /__serve/);
+  assert.strictEqual(ubd("--help").stdout, stdout);
+});
+
+test("ubd alone prints the help and exits 2", TIMEOUT, () => {
+  const { code, stdout } = ubd();
+  assert.strictEqual(code, 2);
+  assert.match(stdout, /^Usage: ubd /);
+});
+
+test("ubd help VERB and ubd VERB --help explain one verb", TIMEOUT, () => {
+  const { code, stdout } = ubd("help", "add");
+  assert.strictEqual(code, 0);
+  assert.match(stdout, /^Usage: ubd add /);
+  assert.match(stdout, /--block-size <size>/);
+  assert.doesNotMatch(stdout, /user_recovery/);
+  assert.deepStrictEqual(ubd("add", "--help"), { code: 0, stdout, stderr: "" });
+});
+
+test("ubd help --json lists verbs with their options", TIMEOUT, () => {
+  const { code, stdout } = ubd("help", "--json");
+  assert.strictEqual(code, 0);
+  const help = JSON.parse(stdout);
+  assert.deepStrictEqual(help.commands.map(({ name }: { name: string }) => name), VERBS);
+  for (const command of help.commands) {
+    const flags = command.options.map((option: { flags: string }) => option.flags);
+    assert.ok(flags.includes("--json"), command.name);
+  }
+  assert.strictEqual(JSON.parse(ubd("help", "del", "--json").stdout).name, "del");
+});
+
+test("ubd version prints version, runtime and kernel, in all its spellings", TIMEOUT, () => {
+  const line = `ubd ${VERSION} (${runtime}, Linux ${release()})\n`;
+  for (const spelling of ["version", "--version", "-v"]) {
+    assert.deepStrictEqual(ubd(spelling), { code: 0, stdout: line, stderr: "" }, spelling);
+  }
+  const facts = { version: VERSION, runtime, kernel: release() };
+  assert.deepStrictEqual(JSON.parse(ubd("version", "--json").stdout), facts);
+});
+
+test("ubd refuses an unknown verb and suggests help", TIMEOUT, () => {
+  mistake(["frobnicate"], /^ubd: unknown command 'frobnicate'\nTry: ubd help\n$/);
+  mistake(["help", "frobnicate"], /^ubd: unknown command 'frobnicate'/);
+});
+
+test("ubd refuses an unknown option of each verb", TIMEOUT, () => {
+  for (const verb of VERBS) {
+    mistake([verb, "--frobnicate"], /^ubd: unknown option '--frobnicate'/);
+  }
+  mistake(["list", "--jsno"], /Did you mean --json\?/);
+});
+
+test("ubd refuses more arguments than a verb has", TIMEOUT, () => {
+  mistake(["add", "loop", "a", "b"], /too many arguments/);
+  mistake(["list", "3"], /too many arguments/);
+  mistake(["info"], /missing required argument 'device'/);
+});
+
+test("ubd del deletes nothing unless it is told what", TIMEOUT, () => {
+  mistake(["del"], "Which device? ubd del -n ID, or ubd del --all");
+  mistake(["del", "-n", "foo"], 'Device id "foo": it must be a whole number');
+  mistake(["del", "foo"], 'Device id "foo": it must be a whole number');
+  mistake(["del", "-n", ""], 'Device id "": it must be a whole number');
+  mistake(["del", "-n", "-1"], "Device id -1: it must be 0 or more");
+  mistake(["del", "-a", "3"], "Name devices, or say --all: not both");
+  mistake(["del", "-a", "-n", "3"], "Name devices, or say --all: not both");
+  mistake(["del", "-n"], /option '-n, --number <id>' argument missing/);
+});
+
+test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT, () => {
+  mistake(["add"], "Which target? ubd add null ... or ubd add loop ...");
+  mistake(["add", "nbd"], 'Unknown target "nbd": there are null and loop');
+  mistake(["add", "loop"], "Which file? ubd add loop FILE");
+  mistake(["add", "null", "-t", "null"], 'Name the target once: "null", or -t null');
+  mistake(["add", "loop", "/a", "-f", "/b"], 'Name the file once: "/a", or -f /b');
+  mistake(["add", "null", "/a"], "Target null has no --file: that is for loop");
+  mistake(["add", "null", "--ro"], "Target null has no --ro: that is for loop");
+  mistake(["add", "loop", "/a", "--offset", "2048"], /^ubd: Offset "2048": say 2048s for sectors/);
+  mistake(["add", "loop", "/a", "-o", "-1"], "Offset -512: it must not be negative");
+  mistake(["add", "loop", "/a", "-o", "1", "--offset", "1s"], /cannot be used with/);
+});
+
+test("ubd add finds mistakes in the device before it opens the driver", TIMEOUT, () => {
+  mistake(["add", "null", "-q", "0"], "Number of queues 0: it must be from 1 to 4096");
+  mistake(["add", "null", "-d", "4097"], "Queue depth 4097: it must be from 1 to 4096");
+  mistake(["add", "null", "-d", "1x"], 'Queue depth "1x": it must be a whole number');
+  mistake(["add", "null", "-n", "1048576"], "Device id 1048576: it must be from -1 to 1048575");
+  mistake(["add", "null", "--max-io-size", "4097"], /^ubd: Largest I\/O 4097: .* multiple of 4096/);
+  mistake(["add", "null", "--size", "1Q"], /^ubd: Size "1Q": say bytes, or a number with K, M,/);
+  mistake(["add", "null", "-r", "1"], "-r 1: ubd does not support this yet; leave it out");
+});
+
+test("ubd --json tells a mistake on standard output too", TIMEOUT, () => {
+  const { code, stdout, stderr } = ubd("del", "--json");
+  const message = "Which device? ubd del -n ID, or ubd del --all";
+  assert.strictEqual(code, 2);
+  assert.deepStrictEqual(JSON.parse(stdout), { error: { message, exitCode: 2 } });
+  assert.strictEqual(stderr, `ubd: ${message}\n`);
+  const unknown = ubd("list", "--json", "--frobnicate");
+  assert.strictEqual(JSON.parse(unknown.stdout).error.exitCode, 2);
+});
+
+const NO_DRIVER = "Cannot open the control device: ENOENT, No such file or directory " +
+  "(load the driver: modprobe ublk_drv; a kernel without it needs CONFIG_BLK_DEV_UBLK)";
+
+test(
+  "ubd without the driver exits 6 and says how to load it",
+  { skip: driverSkip, ...TIMEOUT },
+  () => {
+    for (
+      const args of [
+        ["list"],
+        ["list", "-n", "0"],
+        ["info", "0"],
+        ["features"],
+        ["del", "-n", "0"],
+        ["del", "--all"],
+        ["add", "null"],
+        ["add", "null", "--foreground"],
+      ]
+    ) {
+      assert.deepStrictEqual(
+        ubd(...args),
+        { code: 6, stdout: "", stderr: `ubd: ${NO_DRIVER}\n` },
+        args.join(" "),
+      );
+    }
+  },
+);
+
+test("ubd --json without the driver is one JSON object", { skip: driverSkip, ...TIMEOUT }, () => {
+  for (const args of [["list"], ["info", "0"], ["features"], ["del", "0"], ["add", "null"]]) {
+    const { code, stdout } = ubd(...args, "--json");
+    assert.strictEqual(code, 6, args.join(" "));
+    const { error } = JSON.parse(stdout);
+    assert.deepStrictEqual(
+      [error.message, error.exitCode, error.errno, error.operation],
+      [NO_DRIVER, 6, "ENOENT", "open the control device"],
+    );
+  }
+});

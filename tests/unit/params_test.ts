@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT
+/** Limits as struct ublk_params: bytes at the header's offsets, and what no device can have. */
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import fc from "fast-check";
+import { pack } from "../../abi/struct.ts";
+import { UBLK_PARAMS } from "../../abi/ublk_cmd.ts";
+import { UsageError } from "../../core/error.ts";
+import { toParams } from "../../core/params.ts";
+import type { DeviceLimits } from "../../core/target.ts";
+
+const LIMITS: DeviceLimits = {
+  sizeBytes: 250 * 1024 ** 3,
+  blockBytes: 512,
+  physicalBlockBytes: 4096,
+  readOnly: false,
+  volatileCache: false,
+  discardBytes: 0,
+};
+
+const IO_BYTES = 512 * 1024;
+
+/** The struct as the kernel reads it, with `len` as Control.setParams sets it. */
+function bytesOf(limits: Partial<DeviceLimits>, ioBytesMax = IO_BYTES): DataView {
+  const params = toParams({ ...LIMITS, ...limits }, ioBytesMax);
+  return new DataView(pack(UBLK_PARAMS, { ...params, len: UBLK_PARAMS.size }).buffer);
+}
+
+/** Byte offsets in struct ublk_params, counted from <linux/ublk_cmd.h> by hand. */
+const AT = {
+  types: 4,
+  attrs: 8,
+  logicalShift: 12,
+  physicalShift: 13,
+  optShift: 14,
+  minShift: 15,
+  maxSectors: 16,
+  devSectors: 24,
+  discard: 40,
+  discardGranularity: 44,
+  maxDiscardSectors: 48,
+  maxWriteZeroesSectors: 52,
+  maxDiscardSegments: 56,
+} as const;
+
+test("toParams without DISCARD fills the basic block and leaves all else zero", () => {
+  const view = bytesOf({});
+  const expected = new DataView(new ArrayBuffer(view.byteLength));
+  expected.setUint32(0, view.byteLength, true);
+  expected.setUint32(AT.types, 1, true);
+  expected.setUint8(AT.logicalShift, 9);
+  expected.setUint8(AT.physicalShift, 12);
+  expected.setUint8(AT.optShift, 12);
+  expected.setUint8(AT.minShift, 12);
+  expected.setUint32(AT.maxSectors, 1024, true);
+  expected.setBigUint64(AT.devSectors, 524288000n, true);
+  assert.deepStrictEqual(new Uint8Array(view.buffer), new Uint8Array(expected.buffer));
+});
+
+test("toParams with DISCARD adds its block, with the largest extent that fits a u32 of bytes", () => {
+  const view = bytesOf({ discardBytes: 4096 });
+  assert.strictEqual(view.getUint32(AT.types, true), 3);
+  assert.strictEqual(view.getUint32(AT.discard, true), 0);
+  assert.strictEqual(view.getUint32(AT.discardGranularity, true), 4096);
+  assert.strictEqual(view.getUint32(AT.maxDiscardSectors, true), 8388607);
+  assert.strictEqual(view.getUint32(AT.maxWriteZeroesSectors, true), 8388607);
+  assert.strictEqual(view.getUint16(AT.maxDiscardSegments, true), 1);
+  assert.strictEqual(view.getUint16(AT.maxDiscardSegments + 2, true), 0);
+});
+
+test("toParams sets READ_ONLY, and VOLATILE_CACHE only together with FUA", () => {
+  const attrs = (limits: Partial<DeviceLimits>) => bytesOf(limits).getUint32(AT.attrs, true);
+  assert.strictEqual(attrs({}), 0);
+  assert.strictEqual(attrs({ readOnly: true }), 1);
+  assert.strictEqual(attrs({ volatileCache: true }), 4 | 8);
+  assert.strictEqual(attrs({ readOnly: true, volatileCache: true }), 1 | 4 | 8);
+});
+
+test("toParams turns any valid limits into shifts and sectors", () => {
+  const shift = fc.integer({ min: 9, max: 12 });
+  fc.assert(fc.property(shift, shift, fc.maxSafeNat(), fc.integer({ min: 1, max: 8192 }), (
+    logical,
+    more,
+    any,
+    pages,
+  ) => {
+    const physical = Math.max(logical, more);
+    const blocks = Math.max(1, Math.floor(any / 2 ** logical));
+    const view = bytesOf({
+      sizeBytes: blocks * 2 ** logical,
+      blockBytes: 2 ** logical,
+      physicalBlockBytes: 2 ** physical,
+    }, pages * 4096);
+    assert.strictEqual(view.getUint8(AT.logicalShift), logical);
+    assert.strictEqual(view.getUint8(AT.physicalShift), physical);
+    assert.strictEqual(view.getUint32(AT.maxSectors, true), pages * 8);
+    const sectors = BigInt(blocks) << BigInt(logical - 9);
+    assert.strictEqual(view.getBigUint64(AT.devSectors, true), sectors);
+  }));
+});
+
+function refuses(limits: Partial<DeviceLimits>, message: RegExp): void {
+  assert.throws(
+    () => toParams({ ...LIMITS, ...limits }, IO_BYTES),
+    (error) => error instanceof UsageError && message.test(error.message),
+    JSON.stringify(limits),
+  );
+}
+
+test("toParams takes the block sizes 512 to 4096, and nothing beside them", () => {
+  for (const blockBytes of [512, 1024, 2048, 4096]) {
+    toParams({ ...LIMITS, blockBytes, sizeBytes: blockBytes }, IO_BYTES);
+  }
+  for (const blockBytes of [-512, 0, 1, 256, 511, 513, 768, 4095, 4097, 8192, 512.5, NaN]) {
+    refuses({ blockBytes, sizeBytes: 2 ** 40 }, /^Block size .*: it must be 512, 1024, 2048/);
+  }
+});
+
+test("toParams takes physical blocks that are a power of two and no smaller than the block", () => {
+  toParams({ ...LIMITS, blockBytes: 4096, physicalBlockBytes: 4096 }, IO_BYTES);
+  toParams({ ...LIMITS, blockBytes: 512, physicalBlockBytes: 512 }, IO_BYTES);
+  refuses({ blockBytes: 4096, physicalBlockBytes: 2048 }, /^Physical block size 2048: /);
+  refuses({ physicalBlockBytes: 256 }, /^Physical block size 256: /);
+  refuses({ physicalBlockBytes: 4608 }, /^Physical block size 4608: /);
+  refuses({ physicalBlockBytes: NaN }, /^Physical block size NaN: /);
+});
+
+test("toParams takes sizes from one block to 2^53 - 1, in whole blocks", () => {
+  const largest = 2 ** 53 - 512;
+  for (const sizeBytes of [512, 1024, largest]) {
+    assert.strictEqual(
+      bytesOf({ sizeBytes }).getBigUint64(AT.devSectors, true),
+      BigInt(sizeBytes) / 512n,
+    );
+  }
+  for (const sizeBytes of [0, -512, 511, 513, 256, 1000, 2 ** 53, Infinity, NaN]) {
+    refuses({ sizeBytes }, /^Size .*: it must be a multiple of the 512-byte block/);
+  }
+  toParams({ ...LIMITS, blockBytes: 4096, sizeBytes: 4096 }, IO_BYTES);
+  refuses({ blockBytes: 4096, sizeBytes: 4096 + 512 }, /^Size 4608: .* 4096-byte block/);
+  refuses({ blockBytes: 4096, sizeBytes: 512 }, /^Size 512: /);
+});
