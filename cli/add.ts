@@ -10,7 +10,7 @@ import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findTarget, TARGET_NAMES } from "../targets/mod.ts";
 import { type Command, Option } from "commander";
 import { describeDevice, dumpDevice } from "./describe.ts";
-import { type Live, serve, type ServerSpec, startServer } from "./server.ts";
+import { type Live, type RecoveryMode, serve, type ServerSpec, startServer } from "./server.ts";
 import { formatSize, parseInteger, parseSize } from "./size.ts";
 
 interface AddOptions {
@@ -29,7 +29,12 @@ interface AddOptions {
   offsetSectors?: number;
   force?: boolean;
   foreground?: boolean;
-  uring_comp?: number;
+  recovery?: RecoveryMode;
+  uring_comp?: boolean;
+  need_get_data?: boolean;
+  user_recovery?: boolean;
+  user_recovery_reissue?: boolean;
+  user_recovery_fail_io?: boolean;
   json?: boolean;
 }
 
@@ -49,11 +54,20 @@ function parseOffset(text: string): number {
   return parseSize(text, "Offset");
 }
 
-function absentFeature(flag: string): (value: string) => number {
+/** A flag of `ublk` that is on or off. */
+function parseSwitch(flag: string): (value: string) => boolean {
   return (value) => {
-    if (value === "0") return 0;
-    throw new UsageError(`${flag} ${value}: ubd does not support this yet; leave it out`);
+    if (value === "0" || value === "1") return value === "1";
+    throw new UsageError(`${flag} ${value}: it must be 0 or 1`);
   };
+}
+
+const RECOVERY_MODES: readonly RecoveryMode[] = ["wait", "reissue", "fail"];
+
+function parseRecovery(text: string): RecoveryMode {
+  const mode = RECOVERY_MODES.find((candidate) => candidate === text);
+  if (mode) return mode;
+  throw new UsageError(`Recovery "${text}": say --recovery=${RECOVERY_MODES.join(" or =")}`);
 }
 
 export function defineAdd(program: Command): void {
@@ -88,6 +102,10 @@ export function defineAdd(program: Command): void {
       option("--max-io-size <size>", "largest request", DEVICE)
         .default(IO_BYTES_DEFAULT, formatSize(IO_BYTES_DEFAULT)).argParser(size("Largest I/O")),
     )
+    .addOption(
+      option("--recovery [mode]", "outlive the server: wait, reissue or fail (ubd recover)", DEVICE)
+        .preset("reissue").argParser(parseRecovery),
+    )
     .addOption(option("--foreground", "serve here until Ctrl-C, then delete the device", DEVICE))
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
     .addOption(option("-f, --file <path>", "loop: the file or block device", TARGET))
@@ -99,7 +117,7 @@ export function defineAdd(program: Command): void {
       ).argParser(size("Size")),
     )
     .addOption(
-      option("--block-size <size>", "logical block: 512 to 4096; files: 512", TARGET)
+      option("--block-size <size>", "logical block: 512, 1K, 2K or 4K; files: 512", TARGET)
         .argParser(size("Block size")),
     )
     .addOption(
@@ -115,14 +133,14 @@ export function defineAdd(program: Command): void {
     .addOption(option("--force", "loop: though the file is locked or in use", TARGET))
     .addOption(new Option("--buffered_io").hideHelp())
     .addOption(new Option("--max_io_buf_bytes <bytes>").argParser(size("Largest I/O")).hideHelp())
-    .addOption(new Option("-u, --uring_comp <0|1>").argParser(integer("-u")).hideHelp())
-    .addOption(new Option("-g, --need_get_data <0|1>").argParser(absentFeature("-g")).hideHelp())
-    .addOption(new Option("-r, --user_recovery <0|1>").argParser(absentFeature("-r")).hideHelp())
+    .addOption(new Option("-u, --uring_comp <0|1>").argParser(parseSwitch("-u")).hideHelp())
+    .addOption(new Option("-g, --need_get_data <0|1>").argParser(parseSwitch("-g")).hideHelp())
+    .addOption(new Option("-r, --user_recovery <0|1>").argParser(parseSwitch("-r")).hideHelp())
     .addOption(
-      new Option("-i, --user_recovery_reissue <0|1>").argParser(absentFeature("-i")).hideHelp(),
+      new Option("-i, --user_recovery_reissue <0|1>").argParser(parseSwitch("-i")).hideHelp(),
     )
     .addOption(
-      new Option("-e, --user_recovery_fail_io <0|1>").argParser(absentFeature("-e")).hideHelp(),
+      new Option("-e, --user_recovery_fail_io <0|1>").argParser(parseSwitch("-e")).hideHelp(),
     )
     .action(add);
 }
@@ -140,7 +158,8 @@ async function add(
   if (options.foreground) {
     const log = (text: string) => process.stderr.write(`ubd: ${text}\n`);
     let shown: Promise<void> | undefined;
-    await serve(spec, log, () => {}, (live) => shown = show(live, options));
+    const onLive = (live: Live) => shown = show(live, options);
+    await serve(spec, { daemon: false, log, onAdded: () => {}, onLive });
     await shown;
   } else {
     await show(await startServer(spec), options);
@@ -168,9 +187,13 @@ function toSpec(
     queues: options.queues,
     depth: options.depth,
     ioBytesMax: options.maxIoSize,
-    compInTask: options.uring_comp === 1,
+    compInTask: options.uring_comp ?? false,
   };
   checkOptions(device);
+  if (options.need_get_data) {
+    throw new UsageError("-g 1: ubd does not support NEED_GET_DATA yet; leave it out");
+  }
+  const recovery = toRecovery(options);
   const common = {
     ...(options.size !== undefined && { sizeBytes: options.size }),
     ...(options.blockSize !== undefined && { blockBytes: options.blockSize }),
@@ -179,15 +202,17 @@ function toSpec(
   if (name !== "loop") {
     const given = LOOP_ONLY.find((key) => options[key as keyof AddOptions] !== undefined);
     if (given !== undefined || path !== undefined) {
-      throw new UsageError(`Target ${name} has no --${given ?? "file"}: that is for loop`);
+      const what = given === undefined || given === "file" ? "no file" : `no --${given}`;
+      throw new UsageError(`Target ${name} takes ${what}: that is for loop`);
     }
-    return { device, target: { name, options: common } };
+    return { device, ...recovery, target: { name, options: common } };
   }
   if (path === undefined) throw new UsageError("Which file? ubd add loop FILE");
   const offsetBytes = options.offset ?? (options.offsetSectors ?? 0) * 512;
   if (offsetBytes < 0) throw new UsageError(`Offset ${offsetBytes}: it must not be negative`);
   return {
     device,
+    ...recovery,
     target: {
       name,
       options: {
@@ -203,7 +228,17 @@ function toSpec(
   };
 }
 
-async function show(live: Live, { json }: AddOptions): Promise<void> {
+/** Our option, or the switches of `ublk`, of which reissue and fail each imply recovery. */
+function toRecovery(options: AddOptions): Pick<ServerSpec, "recovery"> {
+  const { user_recovery: wait, user_recovery_reissue: reissue, user_recovery_fail_io: fail } =
+    options;
+  if (reissue && fail) throw new UsageError("-i 1 and -e 1 exclude each other");
+  const recovery = options.recovery ??
+    (reissue ? "reissue" : fail ? "fail" : wait ? "wait" : undefined);
+  return recovery ? { recovery } : {};
+}
+
+export async function show(live: Live, { json }: { json?: boolean }): Promise<void> {
   using control = await Control.open();
   const facts = await describeDevice(control, live.id);
   if (json) {

@@ -6,7 +6,8 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { Command } from "commander";
 import { Control } from "../core/control.ts";
 import { UblkError, UsageError } from "../core/error.ts";
-import { removeState } from "../core/state.ts";
+import { readState, removeState } from "../core/state.ts";
+import { deviceUsers } from "../core/users.ts";
 import { deviceIds } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
 import { parseDeviceId, parseInteger } from "./size.ts";
@@ -17,6 +18,7 @@ const SERVER_EXIT_DEADLINE_MS = 3000;
 interface DelOptions {
   number?: number;
   all?: boolean;
+  force?: boolean;
   json?: boolean;
 }
 
@@ -24,13 +26,15 @@ export function defineDel(program: Command): void {
   program.command("del")
     .summary("stop and delete devices")
     .description(
-      "Stops and deletes devices. I/O in flight is finished first.\n\n" +
+      "Stops and deletes devices. I/O in flight is finished first. A device that is mounted, " +
+        "swap, held by another device or open in a process is refused.\n\n" +
         "  ubd del 0            /dev/ublkb0; the path will do too\n" +
         "  ubd del -a           all of them",
     )
     .argument("[device...]", "ids, or paths such as /dev/ublkb0")
     .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
     .option("-a, --all", "all devices")
+    .option("--force", "even a device in use: its users get I/O errors")
     .action(del);
 }
 
@@ -49,7 +53,7 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
   let failed: unknown;
   for (const id of new Set(options.all ? deviceIds(control) : ids)) {
     try {
-      await deleteDevice(control, id);
+      await deleteDevice(control, id, options.force ?? false);
       deleted.push(id);
     } catch (error) {
       const goneMeanwhile = options.all && error instanceof UblkError && error.errno === "ENODEV";
@@ -62,11 +66,35 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
   if (options.json) console.log(JSON.stringify({ deleted }));
 }
 
-async function deleteDevice(control: Control, id: number): Promise<void> {
+async function deleteDevice(control: Control, id: number, force: boolean): Promise<void> {
   const { pid } = await control.getDeviceInfo(id);
+  if (!force) await refuseUsed(control, id);
+  const statePid = readState(id)?.pid;
   await control.stopDevice(id);
-  await control.deleteDevice(id);
-  removeState(id, pid);
+  await (force ? deleteHeld(control, id) : control.deleteDevice(id));
+  if (statePid !== undefined) removeState(id, statePid);
   const deadline = performance.now() + SERVER_EXIT_DEADLINE_MS;
   while (pid > 0 && existsSync(`/proc/${pid}`) && performance.now() < deadline) await sleep(5);
+}
+
+/** DEL_DEV would wait for whoever still has the device open; the kernel can do that by itself. */
+async function deleteHeld(control: Control, id: number): Promise<void> {
+  try {
+    await control.deleteDeviceLater(id);
+  } catch (error) {
+    const lacking = error instanceof UblkError && ["EOPNOTSUPP", "EINVAL"].includes(error.errno);
+    if (!lacking) throw error; // Kernels before 6.9, and unprivileged devices, lack it.
+    await control.deleteDevice(id);
+  }
+}
+
+async function refuseUsed(control: Control, id: number): Promise<void> {
+  const users = await deviceUsers(control.dialect.blockName(id));
+  if (users.length === 0) return;
+  throw new UblkError({
+    errno: "EBUSY",
+    operation: "delete",
+    device: id,
+    hint: `${users.join("; ")}; end that first, or add --force: its users then get I/O errors`,
+  });
 }

@@ -33,32 +33,29 @@ export interface DeviceFacts {
   target: Record<string, string | number | boolean>;
 }
 
-/** Names as `ublk list` prints them. Bit 11 is called by what it automates. */
-const FLAG_NAMES = [
-  "SUPPORT_ZERO_COPY",
-  "URING_CMD_COMP_IN_TASK",
-  "NEED_GET_DATA",
-  "RECOVERY",
-  "RECOVERY_REISSUE",
-  "UNPRIVILEGED_DEV",
-  "CMD_IOCTL_ENCODE",
-  "USER_COPY",
-  "ZONED",
-  "RECOVERY_FAIL_IO",
-  "UPDATE_SIZE",
-  "AUTO_ZC",
-  "QUIESCE",
-  "PER_IO_DAEMON",
-  "BUF_REG_OFF_DAEMON",
-  "BATCH_IO",
-  "INTEGRITY",
-  "SAFE_STOP_DEV",
-  "NO_AUTO_PART_SCAN",
-  "SHMEM_ZC",
+/** Name and bit, in the order in which `ublk list` prints them. */
+const FLAGS: readonly (readonly [string, number])[] = [
+  ["SUPPORT_ZERO_COPY", 0],
+  ["AUTO_ZC", 11],
+  ["URING_CMD_COMP_IN_TASK", 1],
+  ["NEED_GET_DATA", 2],
+  ["UNPRIVILEGED_DEV", 5],
+  ["RECOVERY", 3],
+  ["RECOVERY_REISSUE", 4],
+  ["CMD_IOCTL_ENCODE", 6],
+  ["USER_COPY", 7],
+  ["ZONED", 8],
+  ["RECOVERY_FAIL_IO", 9],
+  ["UPDATE_SIZE", 10],
+  ["QUIESCE", 12],
+  ["PER_IO_DAEMON", 13],
+  ["BUF_REG_OFF_DAEMON", 14],
+  ["BATCH_IO", 15],
+  ["INTEGRITY", 16],
+  ["SAFE_STOP_DEV", 17],
+  ["NO_AUTO_PART_SCAN", 18],
+  ["SHMEM_ZC", 19],
 ];
-
-/** Where `ublk list` prints these two, which is not their bit's place. */
-const PRINT_RANK: Record<string, number> = { AUTO_ZC: 0.5, UNPRIVILEGED_DEV: 2.5 };
 
 /** `ublk features` calls four of them by another name. */
 const FEATURE_NAMES: Record<string, string> = {
@@ -116,7 +113,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
     maxIoBytes: info.maxIoBytes,
     pid: info.pid,
     flags: `0x${info.flags.toString(16)}`,
-    features: setBits(info.flags).map((bit) => FLAG_NAMES[bit] ?? `BIT_${bit}`),
+    features: FLAGS.filter(([, bit]) => info.flags >> BigInt(bit) & 1n).map(([name]) => name),
     char: `${params?.devt.char_major ?? 0}:${params?.devt.char_minor ?? 0}`,
     block: `${params?.devt.disk_major ?? 0}:${params?.devt.disk_minor ?? 0}`,
     owner: { uid: info.ownerUid, gid: info.ownerGid },
@@ -141,9 +138,7 @@ export async function describeAll(control: Control): Promise<DeviceFacts[]> {
 /** The lines of `ublk list`, to the letter. */
 export function dumpDevice(facts: DeviceFacts): string {
   const { owner } = facts;
-  const rank = (name: string) => PRINT_RANK[name] ?? FLAG_NAMES.indexOf(name);
-  const known = facts.features.filter((name) => FLAG_NAMES.includes(name));
-  const flags = known.sort((a, b) => rank(a) - rank(b)).map((name) => ` ${name}`).join("");
+  const flags = facts.features.map((name) => ` ${name}`).join("");
   const lines = [
     `dev id ${facts.id}: nr_hw_queues ${facts.queues} queue_depth ${facts.depth} ` +
     `block size ${facts.blockBytes} dev_capacity ${facts.sizeBytes / 512}`,
@@ -164,7 +159,7 @@ export function dumpDevice(facts: DeviceFacts): string {
 /** Names of the driver's features, as `ublk features` spells them. */
 export function featureNames(features: bigint): string[] {
   return setBits(features).map((bit) => {
-    const name = FLAG_NAMES[bit] ?? "unknown";
+    const name = FLAGS.find(([, known]) => known === bit)?.[0] ?? "unknown";
     return FEATURE_NAMES[name] ?? name;
   });
 }

@@ -25,7 +25,7 @@ export const EXIT = {
 export const EXIT_MEANINGS: readonly (readonly [number, string])[] = [
   [EXIT.OK, "done"],
   [EXIT.FAILURE, "the kernel or the backing refused"],
-  [EXIT.USAGE, "wrong arguments; nothing was tried"],
+  [EXIT.USAGE, "wrong arguments, or a backing that cannot be one; nothing was changed"],
   [EXIT.NO_DEVICE, "no device with that id"],
   [EXIT.BUSY, "in use: image locked, id taken, device held"],
   [EXIT.PERMISSION, "not allowed: run as root"],
@@ -49,7 +49,8 @@ function exitCode(error: unknown): number {
   if (!(error instanceof UblkError)) return EXIT.BUG;
   const absent = ["ENOENT", "ENXIO", "ENODEV"].includes(error.errno);
   if (error.operation === "open the control device" && absent) return EXIT.NO_DRIVER;
-  if (error.operation === "set up a ring") return EXIT.NO_DRIVER;
+  const off = ["EPERM", "ENOSYS"].includes(error.errno);
+  if (error.operation === "set up a ring" && off) return EXIT.NO_DRIVER;
   return BY_ERRNO[error.errno] ?? EXIT.FAILURE;
 }
 

@@ -24,11 +24,13 @@ export function defineList(program: Command): void {
     .action(list);
 
   program.command("info")
+    .description("Shows one device in words.")
     .summary("show one device in words")
     .argument("<device>", "id, or path such as /dev/ublkb0", parseDeviceId)
     .action(info);
 
   program.command("features")
+    .description("Shows what the running kernel's driver can do.")
     .summary("show what the driver can do")
     .action(features);
 }
@@ -65,7 +67,7 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
   const served = facts.pid > 0 ? `process ${facts.pid}` : "nobody";
   const known = readState(id) !== undefined;
   const lines: [string, string][] = [
-    ["device", `${facts.path} (${facts.block})`],
+    ["device", `${facts.path} (${facts.block === "0:0" ? "not there" : facts.block})`],
     ["state", facts.state],
     ["size", `${formatSize(facts.sizeBytes)} (${facts.sizeBytes} bytes)`],
     ["block", `${facts.blockBytes} bytes${facts.readOnly ? ", read-only" : ""}`],

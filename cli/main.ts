@@ -16,6 +16,7 @@ import { defineAdd } from "./add.ts";
 import { defineDel } from "./del.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure } from "./exit.ts";
 import { defineList } from "./list.ts";
+import { defineRecover } from "./recover.ts";
 import { ReportedError, runServer, SERVE_VERB } from "./server.ts";
 
 function defineProgram(): Command {
@@ -28,13 +29,19 @@ function defineProgram(): Command {
     .showSuggestionAfterError();
   defineAdd(program);
   defineDel(program);
+  defineRecover(program);
   defineList(program);
-  program.command("version").summary("show versions").action(version);
+  program.command("version")
+    .summary("show versions")
+    .description("Shows the versions of ubd, its runtime and the kernel.")
+    .action(version);
   program.command("help")
     .summary("show help")
-    .argument("[verb]", "what to explain")
-    .action((verb: string | undefined, options: { json?: boolean }) =>
-      help(program, verb, options)
+    .description("Shows help, for all verbs or for one.")
+    .argument("[verb...]", "what to explain")
+    .option("-t, --type <target>", "the same as: help add")
+    .action(([verb]: string[], options: { json?: boolean; type?: string }) =>
+      help(program, options.type === undefined ? verb : "add", options)
     );
   program.option("-v, --version", "show versions");
   program.action((_, command: Command) => {

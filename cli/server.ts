@@ -14,7 +14,12 @@ import { appendFileSync } from "node:fs";
 import { text } from "node:stream/consumers";
 import { createInterface } from "node:readline";
 import process from "node:process";
-import { UBLK_F_URING_CMD_COMP_IN_TASK } from "../abi/ublk_cmd.ts";
+import {
+  UBLK_F_URING_CMD_COMP_IN_TASK,
+  UBLK_F_USER_RECOVERY,
+  UBLK_F_USER_RECOVERY_FAIL_IO,
+  UBLK_F_USER_RECOVERY_REISSUE,
+} from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { Device, type DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
@@ -28,7 +33,23 @@ import { EXIT, type Failure, toFailure } from "./exit.ts";
 export interface ServerSpec {
   device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax"> & { compInTask: boolean };
   target: { name: string; options: Record<string, unknown> };
+  /** What becomes of I/O when the server dies; undefined: it fails and the device is DEAD. */
+  recovery?: RecoveryMode;
+  /** Take over this device instead of adding one. */
+  recover?: number;
 }
+
+/**
+ * After the server's death, until there is a new one: "wait" fails requests it was serving and
+ * holds the others, "reissue" holds all and serves them again, "fail" fails all.
+ */
+export type RecoveryMode = "wait" | "reissue" | "fail";
+
+const RECOVERY_FLAGS: Record<RecoveryMode, bigint> = {
+  wait: UBLK_F_USER_RECOVERY,
+  reissue: UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
+  fail: UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO,
+};
 
 /** The hidden verb that makes a process a server. */
 export const SERVE_VERB = "__serve";
@@ -51,48 +72,58 @@ export class ReportedError extends Error {
   }
 }
 
+export interface ServeOptions {
+  daemon: boolean;
+  log: (text: string) => void;
+  /** The device exists in the driver. */
+  onAdded: (id: number) => void;
+  /** It is LIVE and its state file written. */
+  onLive: (live: Live) => void;
+}
+
 /**
  * Serves one device in this process until it is stopped.
  *
- * SIGINT and SIGTERM stop and delete it; so does SIGHUP, unless this is a daemon. When another
- * process stops the device, that one deletes it.
+ * SIGINT and SIGTERM stop and delete it; SIGHUP too, unless `daemon`. When another process stops
+ * the device, that one deletes it.
  *
- * @param onLive the device is LIVE and its state file written.
  * @throws what kept it from becoming LIVE, or a queue thread's failure; no device is served then.
  */
 export async function serve(
   spec: ServerSpec,
-  log: (text: string) => void,
-  onAdded: (id: number) => void,
-  onLive: (live: Live) => void,
+  { daemon, log, onAdded, onLive }: ServeOptions,
 ): Promise<void> {
   const stopOrdered = Promise.withResolvers<"signal">();
-  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
     process.on(signal, () => stopOrdered.resolve("signal"));
   }
+  process.on("SIGHUP", () => daemon || stopOrdered.resolve("signal"));
 
   using control = await Control.open();
   const { hasVolatileCache } = control.dialect;
   const targetType = findTarget(spec.target.name);
   const target = targetType.open(spec.target.options, { shim: control.shim, hasVolatileCache });
+  const served = { targetName: targetType.name, target, queueThreadEntry, log };
+  const { recover, ...lasting } = spec;
   const { compInTask, ...options } = spec.device;
-  const device = await Device.create(control, {
-    ...options,
-    flags: compInTask ? UBLK_F_URING_CMD_COMP_IN_TASK : 0n,
-    targetName: targetType.name,
-    target,
-    queueThreadEntry,
-    onAdded,
-    log,
-  });
+  const device = recover === undefined
+    ? await Device.create(control, {
+      ...served,
+      ...options,
+      flags: (compInTask ? UBLK_F_URING_CMD_COMP_IN_TASK : 0n) |
+        (spec.recovery ? RECOVERY_FLAGS[spec.recovery] : 0n),
+      onAdded,
+    })
+    : await Device.recover(control, recover, served);
   const { id } = device.info;
   const notes = [...target.notes];
   if (device.info.queues < options.queues) {
     notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);
   }
   const facts = { name: targetType.name, dev_size: target.limits.sizeBytes, ...target.facts };
+  const state = { pid: process.pid, target: facts, queues: [...device.queues], spec: lasting };
   try {
-    writeState(id, { pid: process.pid, target: facts, queues: [...device.queues] });
+    writeState(id, state);
   } catch (error) {
     await device.stop();
     const { code = "EIO", message } = error as NodeJS.ErrnoException;
@@ -103,13 +134,13 @@ export async function serve(
     const end = await Promise.race([device.ended, stopOrdered.promise]);
     if (end === "signal") await device.stop();
     else device.letGo();
+    removeState(id, process.pid);
   } catch (error) {
     // The driver must not wait for a server that cannot go on: this process ends, and with it
-    // every request fails.
+    // every request fails, or waits for the next server, which needs the state.
     log(`device ${id} is no longer served: ${(error as Error).message}`);
+    if (!spec.recovery) removeState(id, process.pid);
     throw error;
-  } finally {
-    removeState(id, process.pid);
   }
 }
 
@@ -121,12 +152,12 @@ export async function runServer(): Promise<number> {
   process.stdout.on("error", () => {});
   process.stderr.on("error", () => {});
   try {
-    await serve(
-      spec,
-      logToKernel,
-      (id) => answer({ type: "added", id }),
-      (live) => answer({ type: "live", live }),
-    );
+    await serve(spec, {
+      daemon: true,
+      log: logToKernel,
+      onAdded: (id) => answer({ type: "added", id }),
+      onLive: (live) => answer({ type: "live", live }),
+    });
     return EXIT.OK;
   } catch (error) {
     const failure = toFailure(error);
@@ -192,9 +223,9 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
     throw new ReportedError({ message: "interrupted", exitCode: EXIT.INTERRUPTED });
   }
   throw new UblkError({
-    errno: "ESRCH",
+    errno: "ECANCELED",
     operation: "start the server",
-    hint: `it ended with ${child.signalCode ?? `code ${child.exitCode}`}` +
+    hint: `the server ended with ${child.signalCode ?? `code ${child.exitCode}`}` +
       (complaint ? `: ${complaint.trim()}` : ""),
   });
 }

@@ -51,7 +51,7 @@ export function formatSize(bytes: number): string {
   const units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"];
   let index = 0;
   let value = bytes;
-  while (value >= 1024 && index < units.length - 1) {
+  while (Number(value.toFixed(1)) >= 1024 && index < units.length - 1) {
     value /= 1024;
     index++;
   }

@@ -36,10 +36,14 @@ const ID_NONE = 0xffff_fffe;
 /** How long a command may take, in milliseconds. Stopping waits for I/O in flight. */
 const DEADLINE_MS: Partial<Record<ControlCommand, number>> = {
   START_DEV: 60_000,
+  END_USER_RECOVERY: 60_000,
   STOP_DEV: 60_000,
   DEL_DEV: 30_000,
 };
 const DEADLINE_DEFAULT_MS = 15_000;
+
+/** How long an old server may take to let go of its device. */
+const RECOVERY_DEADLINE_MS = 30_000;
 
 interface CommandOptions {
   deviceId?: number;
@@ -157,6 +161,27 @@ export class Control implements Disposable {
    */
   async startDevice(deviceId: number, pid: number): Promise<void> {
     await this.#command("START_DEV", { deviceId, data: pid });
+  }
+
+  /**
+   * Makes a device ready for a new server. The old one must have let go: the driver answers EBUSY
+   * while its last reference to /dev/ublkcN lives, so this asks again for a while.
+   */
+  async startUserRecovery(deviceId: number): Promise<void> {
+    const deadline = performance.now() + RECOVERY_DEADLINE_MS;
+    for (;;) {
+      const result = await this.#run("START_USER_RECOVERY", { deviceId });
+      if (result === 0) return;
+      if (result !== -ERRNO.EBUSY || performance.now() > deadline) {
+        throw UblkError.from(result, "START_USER_RECOVERY", { device: deviceId });
+      }
+      await sleep(100);
+    }
+  }
+
+  /** As startDevice, for a device that is being recovered. */
+  async endUserRecovery(deviceId: number, pid: number): Promise<void> {
+    await this.#command("END_USER_RECOVERY", { deviceId, data: pid });
   }
 
   /** Ends when the queues have answered what is in flight, or the server is dead. */

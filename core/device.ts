@@ -19,6 +19,7 @@ import { ERRNO, errnoName } from "../abi/errno.ts";
 import type { Control } from "./control.ts";
 import { UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
+import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
 import type { OpenTarget } from "./target.ts";
 
@@ -37,7 +38,16 @@ const CHAR_DEVICE_DEADLINE_MS = 10_000;
 
 const O_RDWR = 2;
 
-export interface DeviceOptions {
+/** What serving takes, be the device new or taken over. */
+export interface RecoverOptions {
+  targetName: string;
+  target: OpenTarget;
+  /** URL of the module whose evaluation in a Worker serves a queue (targets/queue_thread.ts). */
+  queueThreadEntry: string;
+  log: (text: string) => void;
+}
+
+export interface DeviceOptions extends RecoverOptions {
   /** -1: the driver chooses. */
   id: number;
   queues: number;
@@ -47,13 +57,8 @@ export interface DeviceOptions {
   ioBytesMax: number;
   /** UBLK_F_*. */
   flags: bigint;
-  targetName: string;
-  target: OpenTarget;
-  /** URL of the module whose evaluation in a Worker serves a queue (targets/queue_thread.ts). */
-  queueThreadEntry: string;
   /** Told as soon as the device exists in the driver. */
   onAdded?: (id: number) => void;
-  log: (text: string) => void;
 }
 
 export interface QueueFacts {
@@ -77,15 +82,14 @@ export class Device {
     control: Control,
     info: DeviceInfo,
     queues: QueueFacts[],
-    threads: QueueThread[],
+    ended: Promise<void>,
     release: () => void,
   ) {
     this.#control = control;
     this.info = info;
     this.queues = queues;
+    this.ended = ended;
     this.#release = once(release);
-    this.ended = Promise.all(threads.map((thread) => thread.ended)).then(() => {});
-    this.ended.catch(() => {});
   }
 
   get path(): string {
@@ -98,105 +102,82 @@ export class Device {
    * @throws {UsageError} options out of range. @throws {UblkError} what the kernel refused; the
    * device is gone again, and the target closed.
    */
-  static async create(control: Control, options: DeviceOptions): Promise<Device> {
-    const undo: (() => void | Promise<void>)[] = [() => options.target.close()];
-    try {
+  static create(control: Control, options: DeviceOptions): Promise<Device> {
+    return unwinding(options.log, async (undo) => {
+      undo.push(() => options.target.close());
       checkOptions(options);
-      return await Device.#create(control, options, undo);
-    } catch (error) {
-      for (const step of undo.reverse()) {
-        try {
-          await step();
-        } catch (second) {
-          options.log(`while undoing: ${(second as Error).message}`);
-        }
+      if (options.depth > control.dialect.depthMax) {
+        const { depthMax } = control.dialect;
+        throw new UsageError(`Queue depth ${options.depth}: this driver takes up to ${depthMax}`);
       }
-      throw error;
-    }
+      const { limits } = options.target;
+      toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
+
+      const info = await control.addDevice({
+        id: options.id,
+        queues: options.queues,
+        depth: options.depth,
+        maxIoBytes: options.ioBytesMax,
+        flags: options.flags,
+        blockSize: limits.blockBytes,
+        sizeBytes: limits.sizeBytes,
+      });
+      undo.push(() => control.deleteDevice(info.id));
+      options.onAdded?.(info.id);
+      checkpoint("added");
+      if (control.dialect.hasParams) {
+        await control.setParams(info.id, toParams(limits, info.maxIoBytes));
+      }
+
+      const queues = await attach(control, info, options, undo);
+      undo.push(() => control.stopDevice(info.id));
+      await queues.during("START_DEV", control.startDevice(info.id, process.pid));
+      checkpoint("started");
+      return await Device.#live(control, info.id, queues, options);
+    });
   }
 
-  static async #create(
+  /**
+   * Takes over a device whose server is gone and which was added for recovery. When this returns
+   * it is LIVE again; on failure it stays as it was.
+   *
+   * @throws {UblkError} EBUSY: its server still lives, or lets go too slowly; EINVAL: it was not
+   * added for recovery.
+   */
+  static recover(control: Control, id: number, options: RecoverOptions): Promise<Device> {
+    return unwinding(options.log, async (undo) => {
+      undo.push(() => options.target.close());
+      await control.startUserRecovery(id);
+      checkpoint("recovery started");
+      const info = await control.getDeviceInfo(id);
+      const { basic } = await control.getParams(id);
+      const sizeBytes = Number(basic.dev_sectors) * SECTOR_BYTES;
+      if (options.target.limits.sizeBytes < sizeBytes) {
+        throw new UsageError(
+          `Device ${id} has ${sizeBytes} bytes, its target now ${options.target.limits.sizeBytes}: ` +
+            "give the backing its old size again",
+        );
+      }
+      const queues = await attach(control, info, options, undo);
+      await queues.during("END_USER_RECOVERY", control.endUserRecovery(id, process.pid));
+      checkpoint("recovered");
+      return await Device.#live(control, id, queues, options);
+    });
+  }
+
+  static async #live(
     control: Control,
-    options: DeviceOptions,
-    undo: (() => void | Promise<void>)[],
+    id: number,
+    queues: Queues,
+    options: RecoverOptions,
   ): Promise<Device> {
-    const { dialect, shim } = control;
-    const { limits } = options.target;
-    if (options.depth > dialect.depthMax) {
-      throw new UsageError(`Queue depth ${options.depth}: this driver takes ${dialect.depthMax}`);
+    const info = await control.getDeviceInfo(id); // The kernel changes flags silently.
+    const facts: QueueFacts[] = [];
+    for (const [qid, tid] of queues.tids.entries()) {
+      facts.push({ qid, tid, affinity: await control.getQueueAffinity(id, qid) });
     }
-    toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
-
-    let info = await control.addDevice({
-      id: options.id,
-      queues: options.queues,
-      depth: options.depth,
-      maxIoBytes: options.ioBytesMax,
-      flags: options.flags,
-      blockSize: limits.blockBytes,
-      sizeBytes: limits.sizeBytes,
-    });
-    const id = info.id;
-    undo.push(() => control.deleteDevice(id));
-    options.onAdded?.(id);
-    checkpoint("added");
-
-    const charFd = await openCharDevice(control, id);
-    const closeChar = once(() => void shim.native.ubd_close(charFd));
-    undo.push(closeChar);
-    if (dialect.hasParams) await control.setParams(id, toParams(limits, info.maxIoBytes));
-
-    const pageBytes = pageSize();
-    const threads: QueueThread[] = [];
-    const wakeFds: number[] = [];
-    const release = once(() => {
-      for (const fd of wakeFds) shim.native.ubd_close(fd);
-      closeChar();
-    });
-    undo.push(async () => {
-      for (const thread of threads) thread.abandon();
-      await Promise.allSettled(threads.map((thread) => thread.ended));
-      release();
-    });
-    for (let queueId = 0; queueId < info.queues; queueId++) {
-      const wakeFd = shim.native.ubd_eventfd();
-      if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: id });
-      wakeFds.push(wakeFd);
-      const config = {
-        charFd,
-        wakeFd,
-        queueId,
-        depth: info.depth,
-        ioBytesMax: info.maxIoBytes,
-        fetchOpcode: dialect.ioOpcode("FETCH_REQ", control.ioctlEncoded),
-        commitOpcode: dialect.ioOpcode("COMMIT_AND_FETCH_REQ", control.ioctlEncoded),
-        sqe128: dialect.sqe128,
-        descriptorOffset: dialect.mmapOffset(queueId, pageBytes),
-        descriptorBytes: dialect.mmapBytes(info.depth, pageBytes),
-      };
-      const target = { name: options.targetName, spec: options.target.spec };
-      const spec = { shimPath: shim.path, config, target };
-      threads.push(startQueueThread(options.queueThreadEntry, spec, shim, options.log));
-    }
-    const tids = await Promise.all(threads.map((thread) => thread.started));
-    checkpoint("queues started");
-
-    // A queue that dies now would let START_DEV wait for its FETCHes until the deadline.
-    const died = Promise.all(threads.map((thread) => thread.ended)).then(() => {
-      throw new UblkError({ errno: "ENODEV", operation: "START_DEV", device: id });
-    });
-    died.catch(() => {});
-    undo.push(() => control.stopDevice(id));
-    await Promise.race([control.startDevice(id, process.pid), died]);
-    checkpoint("started");
-
-    info = await control.getDeviceInfo(id);
-    const queues: QueueFacts[] = [];
-    for (const [qid, tid] of tids.entries()) {
-      queues.push({ qid, tid, affinity: await control.getQueueAffinity(id, qid) });
-    }
-    return new Device(control, info, queues, threads, () => {
-      release();
+    return new Device(control, info, facts, queues.ended, () => {
+      queues.release();
       options.target.close();
     });
   }
@@ -213,6 +194,93 @@ export class Device {
   letGo(): void {
     this.#release();
   }
+}
+
+type Undo = (() => void | Promise<void>)[];
+
+/** Runs `work`; when it throws, what it pushed is done, last first, and the error goes on. */
+async function unwinding<T>(
+  log: (text: string) => void,
+  work: (undo: Undo) => Promise<T>,
+): Promise<T> {
+  const undo: Undo = [];
+  try {
+    return await work(undo);
+  } catch (error) {
+    for (const step of undo.reverse()) {
+      try {
+        await step();
+      } catch (second) {
+        log(`while undoing: ${(second as Error).message}`);
+      }
+    }
+    throw error;
+  }
+}
+
+interface Queues {
+  /** Kernel ids of the queues' threads. */
+  tids: number[];
+  ended: Promise<void>;
+  /** Awaits a command that needs every queue; a queue that dies meanwhile ends the wait. */
+  during(operation: string, command: Promise<void>): Promise<void>;
+  /** Closes what the threads used, once they have ended. */
+  release(): void;
+}
+
+/** Opens the character device and starts a thread for each queue. */
+async function attach(
+  control: Control,
+  info: DeviceInfo,
+  options: RecoverOptions,
+  undo: Undo,
+): Promise<Queues> {
+  const { dialect, shim } = control;
+  const fds = [await openCharDevice(control, info.id)];
+  const threads: QueueThread[] = [];
+  const release = once(() => {
+    for (const fd of fds) shim.native.ubd_close(fd);
+  });
+  undo.push(async () => {
+    for (const thread of threads) thread.abandon();
+    await Promise.allSettled(threads.map((thread) => thread.ended));
+    release();
+  });
+
+  const pageBytes = pageSize();
+  for (let queueId = 0; queueId < info.queues; queueId++) {
+    const wakeFd = shim.native.ubd_eventfd();
+    if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: info.id });
+    fds.push(wakeFd);
+    const config = {
+      charFd: fds[0]!,
+      wakeFd,
+      queueId,
+      depth: info.depth,
+      ioBytesMax: info.maxIoBytes,
+      fetchOpcode: dialect.ioOpcode("FETCH_REQ", control.ioctlEncoded),
+      commitOpcode: dialect.ioOpcode("COMMIT_AND_FETCH_REQ", control.ioctlEncoded),
+      sqe128: dialect.sqe128,
+      descriptorOffset: dialect.mmapOffset(queueId, pageBytes),
+      descriptorBytes: dialect.mmapBytes(info.depth, pageBytes),
+    };
+    const target = { name: options.targetName, spec: options.target.spec };
+    const spec = { shimPath: shim.path, config, target };
+    threads.push(startQueueThread(options.queueThreadEntry, spec, shim, options.log));
+  }
+  const tids = await Promise.all(threads.map((thread) => thread.started));
+  checkpoint("queues started");
+
+  const ended = Promise.all(threads.map((thread) => thread.ended)).then(() => {});
+  ended.catch(() => {});
+  const during = async (operation: string, command: Promise<void>) => {
+    const died = ended.then(() => {
+      throw new UblkError({ errno: "ENODEV", operation, device: info.id });
+    });
+    died.catch(() => {});
+    await Promise.race([command, died]);
+  };
+  return { tids, ended, during, release };
 }
 
 async function ignoring(errnos: string[], work: Promise<void>): Promise<void> {

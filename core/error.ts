@@ -97,13 +97,18 @@ const HINTS: Record<string, Record<string, string>> = {
   },
   SET_PARAMS: { EINVAL: "the kernel refuses these sizes or limits; see dmesg" },
   START_DEV: { EINVAL: "in a container, the server must run in the host's pid namespace" },
-  STOP_DEV: { ENODEV: "there is no such device: see ubd list" },
+  START_USER_RECOVERY: {
+    EBUSY: "its server still lives or is only just ending: see ubd list",
+    EINVAL: "it was not added with --recovery: ubd del -n ID, then add it again",
+    ENODEV: "ubd list shows all devices",
+  },
+  STOP_DEV: { ENODEV: "ubd list shows all devices" },
   DEL_DEV: {
-    ENODEV: "there is no such device: see ubd list",
+    ENODEV: "ubd list shows all devices",
     EINTR: "something still holds its character device open: see fuser /dev/ublkcN",
   },
   GET_DEV_INFO: {
-    ENODEV: "there is no such device: see ubd list",
+    ENODEV: "ubd list shows all devices",
     EPERM: "run as root",
     EACCES: "run as root or as the device's owner",
   },

@@ -21,6 +21,8 @@ export interface DeviceState {
   pid: number;
   target: Record<string, string | number | boolean>;
   queues: QueueFacts[];
+  /** What the server was told, for the next one: cli/server.ts knows its form. */
+  spec: unknown;
 }
 
 function stateDirectory(): string {

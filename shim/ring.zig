@@ -164,10 +164,14 @@ fn nextSqe(ring: *Ring, sqe_bytes: u32) ?*layout.Sqe {
 /// or task work that completed nothing). Returns the number of events or -errno.
 pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     if (count > queue.capacity) return -sys.EINVAL;
+    const tail = queue.ring.sq.sqe_tail;
     for (queue.commands[0..count]) |*command| {
-        const sqe = nextSqe(&queue.ring, queue.sqe_bytes) orelse return -sys.EBUSY;
-        const result = pack(queue, command, sqe);
-        if (result < 0) return result;
+        const sqe = nextSqe(&queue.ring, queue.sqe_bytes);
+        const result = if (sqe) |free| pack(queue, command, free) else -sys.EBUSY;
+        if (result < 0) {
+            queue.ring.sq.sqe_tail = tail; // All of a batch, or nothing.
+            return result;
+        }
     }
     const ready = pending(&queue.ring) > 0;
     if (count > 0 or !ready) {

@@ -20,7 +20,7 @@ const TIMEOUT = { timeout: 60_000 };
 const hasDriver = existsSync("/dev/ublk-control") || existsSync("/dev/ubd-control");
 const driverSkip = hasDriver ? "the ublk driver is loaded" : false;
 
-const VERBS = ["add", "del", "list", "info", "features", "version", "help"];
+const VERBS = ["add", "del", "recover", "list", "info", "features", "version", "help"];
 
 interface Outcome {
   code: number | null;
@@ -128,8 +128,8 @@ test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT,
   mistake(["add", "loop"], "Which file? ubd add loop FILE");
   mistake(["add", "null", "-t", "null"], 'Name the target once: "null", or -t null');
   mistake(["add", "loop", "/a", "-f", "/b"], 'Name the file once: "/a", or -f /b');
-  mistake(["add", "null", "/a"], "Target null has no --file: that is for loop");
-  mistake(["add", "null", "--ro"], "Target null has no --ro: that is for loop");
+  mistake(["add", "null", "/a"], "Target null takes no file: that is for loop");
+  mistake(["add", "null", "--ro"], "Target null takes no --ro: that is for loop");
   mistake(["add", "loop", "/a", "--offset", "2048"], /^ubd: Offset "2048": say 2048s for sectors/);
   mistake(["add", "loop", "/a", "-o", "-1"], "Offset -512: it must not be negative");
   mistake(["add", "loop", "/a", "-o", "1", "--offset", "1s"], /cannot be used with/);
@@ -142,7 +142,10 @@ test("ubd add finds mistakes in the device before it opens the driver", TIMEOUT,
   mistake(["add", "null", "-n", "1048576"], "Device id 1048576: it must be from -1 to 1048575");
   mistake(["add", "null", "--max-io-size", "4097"], /^ubd: Largest I\/O 4097: .* multiple of 4096/);
   mistake(["add", "null", "--size", "1Q"], /^ubd: Size "1Q": say bytes, or a number with K, M,/);
-  mistake(["add", "null", "-r", "1"], "-r 1: ubd does not support this yet; leave it out");
+  mistake(["add", "null", "-g", "1"], /^ubd: -g 1: ubd does not support NEED_GET_DATA yet/);
+  mistake(["add", "null", "-r", "2"], "-r 2: it must be 0 or 1");
+  mistake(["add", "null", "-i", "1", "-e", "1"], "-i 1 and -e 1 exclude each other");
+  mistake(["add", "null", "--recovery=maybe"], /^ubd: Recovery "maybe": say --recovery=wait or/);
 });
 
 test("ubd --json tells a mistake on standard output too", TIMEOUT, () => {

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+/**
+ * Who uses a block device: mounts (in any mount namespace), swap, devices on top of it (dm, md,
+ * loop, bcache), and processes that have it open. Read from /proc and /sys, without opening it.
+ * @module
+ */
+
+import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+
+/** udev and its helpers look at every device that changes, and let go by themselves. */
+const PASSING = /^\(?(udev-worker|systemd-udevd|udevd|blkid|partx)\)?$/;
+
+/** How long other openers may take to leave: a command that has just ended may linger. */
+const PATIENCE_MS = 1000;
+
+/** @returns one line for each user, such as "mounted on /mnt"; empty when there is none. */
+export async function deviceUsers(blockName: string): Promise<string[]> {
+  const lasting = () => {
+    const nodes = deviceNodes(blockName);
+    return [...mounts(nodes), ...swaps(nodes), ...holders(blockName), ...loops(nodes)];
+  };
+  const deadline = performance.now() + PATIENCE_MS;
+  for (;;) {
+    const users = lasting();
+    if (users.length > 0) return users;
+    const open = openers(blockName);
+    if (open.length === 0 || performance.now() > deadline) return open;
+    await sleep(50);
+  }
+}
+
+/** "major:minor" of the disk and its partitions → name. */
+function deviceNodes(blockName: string): Map<string, string> {
+  const nodes = new Map<string, string>();
+  const disk = `/sys/block/${blockName}`;
+  for (const name of [".", ...namesIn(disk).filter((entry) => entry.startsWith(blockName))]) {
+    const number = contents(`${disk}/${name}/dev`).trim();
+    if (number) nodes.set(number, name === "." ? blockName : name);
+  }
+  return nodes;
+}
+
+function mounts(nodes: Map<string, string>): string[] {
+  const found = new Set<string>();
+  const namespaces = new Set<string>();
+  for (const pid of processIds()) {
+    const namespace = linkTarget(`/proc/${pid}/ns/mnt`);
+    if (namespaces.has(namespace)) continue;
+    namespaces.add(namespace);
+    for (const line of contents(`/proc/${pid}/mountinfo`).split("\n")) {
+      const [, , number, , point] = line.split(" ");
+      if (number === undefined || !nodes.has(number)) continue;
+      found.add(`/dev/${nodes.get(number)} is mounted on ${unescapeMount(point!)}`);
+    }
+  }
+  return [...found];
+}
+
+/** mountinfo writes space, tab, newline and backslash as octal. */
+function unescapeMount(path: string): string {
+  return path.replaceAll(/\\([0-7]{3})/g, (_, digits) => String.fromCharCode(parseInt(digits, 8)));
+}
+
+function swaps(nodes: Map<string, string>): string[] {
+  const names = new Set(nodes.values());
+  const paths = contents("/proc/swaps").split("\n").slice(1).map((line) => line.split(/\s/)[0]!);
+  return paths.filter((path) => names.has(path.replace("/dev/", ""))).map((path) =>
+    `${path} is swap`
+  );
+}
+
+function holders(blockName: string): string[] {
+  const disk = `/sys/block/${blockName}`;
+  const parts = namesIn(disk).filter((entry) => entry.startsWith(blockName));
+  return [".", ...parts].flatMap((part) =>
+    namesIn(`${disk}/${part}/holders`).map((holder) =>
+      `/dev/${part === "." ? blockName : part} is held by /dev/${holder}`
+    )
+  );
+}
+
+function loops(nodes: Map<string, string>): string[] {
+  const names = new Set(nodes.values());
+  return namesIn("/sys/block").filter((name) => name.startsWith("loop")).flatMap((loop) => {
+    const backing = contents(`/sys/block/${loop}/loop/backing_file`).trim();
+    return names.has(backing.replace("/dev/", "")) ? [`${backing} is held by /dev/${loop}`] : [];
+  });
+}
+
+function openers(blockName: string): string[] {
+  const found: string[] = [];
+  for (const pid of processIds()) {
+    const opened = namesIn(`/proc/${pid}/fd`).map((fd) => linkTarget(`/proc/${pid}/fd/${fd}`))
+      .find((path) => isNodeOf(path, blockName));
+    if (opened === undefined) continue;
+    const name = contents(`/proc/${pid}/comm`).trim();
+    if (!PASSING.test(name)) found.push(`${opened} is open in process ${pid} (${name})`);
+  }
+  return found;
+}
+
+function isNodeOf(path: string, blockName: string): boolean {
+  if (!path.startsWith("/dev/")) return false;
+  const rest = path.slice("/dev/".length);
+  return rest === blockName ||
+    (rest.startsWith(`${blockName}p`) && /^\d+$/.test(rest.slice(blockName.length + 1)));
+}
+
+function processIds(): string[] {
+  return namesIn("/proc").filter((name) => /^\d+$/.test(name));
+}
+
+/** What vanishes while one looks counts as not there. */
+function namesIn(path: string): string[] {
+  try {
+    return readdirSync(path);
+  } catch {
+    return [];
+  }
+}
+
+function contents(path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch {
+    return "";
+  }
+}
+
+function linkTarget(path: string): string {
+  try {
+    return readlinkSync(path);
+  } catch {
+    return "";
+  }
+}
