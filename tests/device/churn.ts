@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT
+/**
+ * Adds and deletes a device many times in one process, through the library: `churn.ts COUNT FILE`.
+ *
+ * Run by life_cycle_test.ts, on Bun or Deno. Prints what the process holds after the third round,
+ * when everything lazy has been loaded, and after the last one, as JSON.
+ * @module
+ */
+
+import { closeSync, openSync, readdirSync, readSync } from "node:fs";
+import process from "node:process";
+import { Control, Device, findTarget, queueThreadEntry } from "../../mod.ts";
+
+const WARM_UP_ROUNDS = 3;
+
+function holdings() {
+  const count = (what: string) => readdirSync(`/proc/self/${what}`).length;
+  return { descriptors: count("fd"), threads: count("task") };
+}
+
+async function cycle(control: Control, file: string, round: number): Promise<void> {
+  const type = findTarget(round % 2 ? "loop" : "null");
+  const options = round % 2 ? { file } : {};
+  const { hasVolatileCache } = control.dialect;
+  const target = type.open(options, { shim: control.shim, hasVolatileCache });
+  const device = await Device.create(control, {
+    id: -1,
+    queues: 1 + round % 3,
+    depth: 16,
+    ioBytesMax: 65536,
+    flags: 0n,
+    targetName: type.name,
+    target,
+    queueThreadEntry,
+    log: (text) => process.stderr.write(`${text}\n`),
+  });
+  const fd = openSync(device.path, "r");
+  readSync(fd, new Uint8Array(4096));
+  closeSync(fd);
+  await device.stop();
+}
+
+async function main(): Promise<void> {
+  const [count, file] = [Number(process.argv[2]), process.argv[3]!];
+  using control = await Control.open();
+  let first = holdings();
+  for (let round = 0; round < count; round++) {
+    await cycle(control, file, round);
+    if (round < WARM_UP_ROUNDS) first = holdings();
+  }
+  console.log(JSON.stringify({ first, last: holdings() }));
+}
+
+main().then(() => process.exit(0), (error) => {
+  process.stderr.write(`${error.stack}\n`);
+  process.exit(1);
+});

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT
+/** fio writes checksums and reads them back: loop, direct and buffered, with one and two queues. */
+
+import assert from "node:assert/strict";
+import { allocated, deviceTest, queueSetting, RUNNER, scaled, type Scene } from "./helpers.ts";
+
+interface FioJob {
+  jobname: string;
+  error: number;
+  read: { total_ios: number };
+  write: { total_ios: number };
+}
+
+/** Both patterns at once, each on its half of the device, verified in a second pass too. */
+async function verify(scene: Scene, device: string, mebibytes: number): Promise<void> {
+  const common = `--filename=${device} --direct=1 --ioengine=libaio --verify=crc32c ` +
+    `--verify_fatal=1 --randrepeat=0 --size=${mebibytes / 2}M --group_reporting=0`;
+  const jobs = `--name=random --rw=randwrite --bs=4k --iodepth=64 --norandommap=0 ` +
+    `--name=sequential --rw=write --bs=128k --iodepth=16 --offset=${mebibytes / 2}M`;
+  const { code, stdout, stderr } = await scene.run(
+    ["bash", "-c", `fio --max-jobs=4 --output-format=json ${common} ${jobs}`],
+    { limitMs: 300_000 },
+  );
+  assert.equal(code, 0, stderr + stdout);
+  const result = JSON.parse(stdout.slice(stdout.indexOf("{"))) as { jobs: FioJob[] };
+  assert.equal(result.jobs.length, 2);
+  for (const { jobname, error, read, write } of result.jobs) {
+    assert.equal(error, 0, jobname);
+    assert.ok(read.total_ios > 0 && write.total_ios > 0, jobname);
+  }
+}
+
+const cases = scaled([
+  { queues: 1, flags: [] },
+  { queues: 2, flags: ["--buffered"] },
+], [
+  { queues: 1, flags: [] },
+  { queues: 2, flags: ["--buffered"] },
+  { queues: 2, flags: [] },
+  { queues: 1, flags: ["--buffered"] },
+  { queues: 1, flags: ["-u", "1", "--max_io_buf_bytes", "65536"] },
+]);
+
+for (const { queues, flags } of cases) {
+  deviceTest(`fio finds no error on loop -q ${[queues, ...flags].join(" ")}`, {
+    limitS: 400,
+  }, async (scene) => {
+    const mebibytes = scaled(RUNNER === "binary" ? 24 : 16, 64);
+    const image = scene.image("disk.img", mebibytes << 20);
+    const device = await scene.add("loop", image, "-q", `${queues}`, ...flags);
+    assert.match(device.stderr, flags.includes("--buffered") ? /buffered I\/O/ : /direct I\/O/);
+    await verify(scene, device.path, mebibytes);
+    await scene.del(device);
+  });
+}
+
+deviceTest("DISCARD frees blocks, WRITE_ZEROES keeps them when told, both read zeroes", {
+  limitS: 240,
+}, async (scene) => {
+  const image = scene.image("disk.img", 32 << 20);
+  const device = await scene.add("loop", image);
+  const unmap = Number(queueSetting(device, "write_zeroes_max_bytes"));
+  assert.ok(unmap > 0 && Number(queueSetting(device, "discard_max_bytes")) > 0);
+  await scene.sh(`head -c 32M /dev/urandom > data
+    dd status=none if=data of=${device.path} bs=1M oflag=direct`);
+  const full = await allocated(scene, image);
+  assert.ok(full >= 65536);
+
+  await scene.sh(`blkdiscard -f -o 4M -l 8M ${device.path}`);
+  const discarded = await allocated(scene, image);
+  assert.ok(discarded <= full - 16384 + 64, `${full} → ${discarded} after DISCARD`);
+  await scene.sh(`fallocate -n -z -o 16M -l 4M ${device.path}; blkdiscard -z -o 20M -l 4M \
+    ${device.path}`);
+  const zeroed = await allocated(scene, image);
+  assert.ok(zeroed >= discarded - 64, `${discarded} → ${zeroed} after WRITE_ZEROES, NOUNMAP`);
+  await scene.sh(`fallocate -n -p -o 24M -l 4M ${device.path}`);
+  const punched = await allocated(scene, image);
+  assert.ok(punched <= zeroed - 8192 + 64, `${zeroed} → ${punched} after WRITE_ZEROES`);
+
+  await scene.sh(
+    `for hole in 4:8 16:12; do at=\${hole%:*} length=\${hole#*:}
+       dd status=none if=/dev/zero of=data bs=1M seek=$at count=$length conv=notrunc
+     done
+     dd status=none if=${device.path} bs=1M iflag=direct | cmp - data
+     cmp ${image} data`,
+  );
+});
+
+deviceTest("zeroing works where the file system can not, and DISCARD is not offered then", {
+  limitS: 240,
+}, async (scene) => {
+  // tmpfs punches holes but zeroes no ranges; vfat does neither.
+  const fat = scene.image("fat.back", 24 << 20);
+  await scene.sh(`mkfs.vfat ${fat} > /dev/null`);
+  const points = [
+    await scene.mount("memory", "-t tmpfs -o size=32M tmpfs"),
+    await scene.mount("fat", "-o loop", fat),
+  ];
+  for (const point of points) {
+    await scene.sh(`head -c 8M /dev/urandom > data; cp data ${point}/disk.img`);
+    const device = await scene.add("loop", `${point}/disk.img`);
+    const able = point.endsWith("memory");
+    assert.equal(Number(queueSetting(device, "discard_max_bytes")) > 0, able, point);
+    const discard = await scene.run(["blkdiscard", "-f", "-o", "0", "-l", "1M", device.path]);
+    assert.equal(discard.code === 0, able, discard.stderr);
+    await scene.sh(
+      `blkdiscard -z -o 3M -l 5M ${device.path}
+       dd status=none if=/dev/zero of=data bs=1M seek=3 count=5 conv=notrunc
+       ${able ? "dd status=none if=/dev/zero of=data bs=1M count=1 conv=notrunc" : ""}
+       dd status=none if=${device.path} bs=1M iflag=direct | cmp - data`,
+    );
+    await scene.del(device);
+    await scene.sh(`cmp ${point}/disk.img data`);
+  }
+});

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT
+/** Devices that end while they are busy: by del, by a signal to the server, by its sudden death. */
+
+import assert from "node:assert/strict";
+import process from "node:process";
+import {
+  type Added,
+  blockStat,
+  deviceTest,
+  gone,
+  inPairs,
+  type Job,
+  killServer,
+  scaled,
+  type Scene,
+  until,
+} from "./helpers.ts";
+
+/** Starts fio on the device and returns once it has I/O going. */
+async function load(scene: Scene, device: Added): Promise<Job> {
+  const job = scene.start([
+    ...["fio", "--max-jobs=2", "--name=load", `--filename=${device.path}`, "--direct=1"],
+    ...["--ioengine=libaio", "--iodepth=64", "--rw=randrw", "--bs=4k", "--size=64M"],
+    ...["--time_based", "--runtime=600", "--group_reporting=1"],
+  ]);
+  const [reads, writes] = [blockStat(device)[0]!, blockStat(device)[4]!];
+  const busy = () => {
+    const stat = blockStat(device);
+    return stat[0]! > reads + 100 && stat[4]! > writes + 100;
+  };
+  assert.ok(await until(busy, 60_000), `fio has I/O going: ${job.output()}`);
+  return job;
+}
+
+/** Alternates between the targets, so that both are seen ending. */
+async function addFor(scene: Scene, round: number): Promise<Added> {
+  if (round % 3 === 2) return await scene.add("null", "-q", "2");
+  const image = scene.image(`disk-${round}.img`, 64 << 20);
+  return await scene.add("loop", image, "-q", `${1 + round % 2}`);
+}
+
+/** fio gets errors once its device is gone, and must end by itself. */
+async function endsByItself(job: Job): Promise<void> {
+  const { stderr, code } = await job.ended;
+  assert.notEqual(code, 128, `fio was killed: ${stderr}`);
+}
+
+deviceTest("del under load ends the I/O, the device and its server", {
+  limitS: scaled(240, 900),
+}, async (scene) => {
+  await inPairs(scaled(5, 50), async (round) => {
+    const device = await addFor(scene, round);
+    const job = await load(scene, device);
+    await scene.delForced(device);
+    await endsByItself(job);
+  });
+});
+
+deviceTest("SIGTERM to the server under load ends the I/O and deletes the device", {
+  limitS: scaled(180, 600),
+}, async (scene) => {
+  await inPairs(scaled(2, 10), async (round) => {
+    const device = await addFor(scene, round);
+    const job = await load(scene, device);
+    process.kill(device.pid, "SIGTERM");
+    await gone(device, 60_000);
+    scene.forget(device);
+    await endsByItself(job);
+  });
+});
+
+deviceTest("kill -9 under load leaves a DEAD device, which list shows and del removes", {
+  limitS: scaled(180, 900),
+}, async (scene) => {
+  await inPairs(scaled(3, 20), async (round) => {
+    const device = await addFor(scene, round);
+    const job = await load(scene, device);
+    await killServer(scene, device);
+    await endsByItself(job);
+    await scene.del(device);
+  });
+});

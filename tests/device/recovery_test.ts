@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+/** Devices that outlive their server. */
+
+import assert from "node:assert/strict";
+import process from "node:process";
+import { type Added, deviceTest, scaled, type Scene, servers, until } from "./helpers.ts";
+
+/** Kills the server and waits until the driver says so. */
+async function kill(scene: Scene, device: Added, state: string): Promise<void> {
+  process.kill(device.pid, "SIGKILL");
+  await until(() => !servers().includes(device.pid));
+  const told = async () => (await scene.ubd("list", "-n", `${device.id}`)).stdout.includes(state);
+  assert.ok(await until(told, 60_000), `never ${state}`);
+}
+
+async function recover(scene: Scene, device: Added): Promise<Added> {
+  const { code, stdout, stderr } = await scene.ubd("recover", "-n", `${device.id}`);
+  assert.equal(code, 0, stderr);
+  return scene.adopt(stdout, stderr);
+}
+
+deviceTest("recover serves the same device again: reissue loses no I/O of a running fio", {
+  limitS: scaled(300, 900),
+}, async (scene) => {
+  let device = await scene.add("loop", scene.image("disk", 64 << 20), "--recovery=reissue");
+  const fio = scene.start([
+    ...["fio", "--max-jobs=2", "--name=verify", `--filename=${device.path}`, "--direct=1"],
+    ...["--ioengine=libaio", "--iodepth=16", "--rw=randwrite", "--bs=4k", "--size=32M"],
+    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", `--runtime=${scaled(20, 120)}`],
+  ], { limitMs: 600_000 });
+  let running = true;
+  fio.ended.finally(() => running = false);
+  for (let round = 0; round < scaled(3, 20) && running; round++) {
+    await scene.sh("sleep 1");
+    await kill(scene, device, "state QUIESCED");
+    const next = await recover(scene, device);
+    assert.equal(next.path, device.path);
+    device = next;
+  }
+  const { code, stdout, stderr } = await fio.ended;
+  assert.equal(code, 0, stdout + stderr);
+  await scene.del(device);
+});
+
+for (const [mode, state] of [["wait", "QUIESCED"], ["fail", "FAIL_IO"]] as const) {
+  deviceTest(
+    `recover in mode ${mode}: what was written before is read after`,
+    {},
+    async (scene) => {
+      const device = await scene.add("loop", scene.image("disk", 16 << 20), `--recovery=${mode}`);
+      await scene.sh(`head -c 1M /dev/urandom > data; dd status=none if=data of=${device.path} \
+      bs=64k oflag=direct`);
+      await kill(scene, device, `state ${state}`);
+      if (mode === "fail") {
+        const read = await scene.run(["dd", `if=${device.path}`, "of=/dev/null", "iflag=direct"]);
+        assert.notEqual(read.code, 0, "I/O fails until there is a server");
+      }
+      const next = await recover(scene, device);
+      await scene.sh(`cmp -n 1M data ${next.path}`);
+      await scene.del(next);
+    },
+  );
+}
+
+deviceTest("recover refuses what it cannot recover", {}, async (scene) => {
+  const device = await scene.add("null");
+  const alive = await scene.ubd("recover", `${device.id}`);
+  assert.notEqual(alive.code, 0);
+  assert.match(alive.stderr, /START_USER_RECOVERY on device \d+: E(INVAL|BUSY)/);
+  assert.equal((await scene.ubd("recover", "999")).code, 3);
+  assert.equal((await scene.ubd("recover")).code, 2);
+  await scene.del(device);
+});
