@@ -2,16 +2,19 @@
 /**
  * `npm test`: the house's rules, then three tiers, then the package, the demo and the benchmark.
  *
- *   bun tools/test.ts [--quick] [--kernel newest|6.12] [--ubd binary|bun|deno] [--only STAGE]
+ *   bun tools/test.ts [--quick] [--full] [--kernel newest|6.12] [--ubd binary|bun|deno]
+ *                     [--only STAGE]
  *
- * --quick stops before the first guest: the developer's loop. Everything is counted from JUnit
- * reports, since the two runtimes print differently; a runner that leaves none has failed. The
- * last line is "N passed, N failed, N skipped".
+ * --quick stops before the first guest: the developer's loop. --full repeats what the device tests
+ * do under load as often as a release asks for: half an hour for each combination.
+ *
+ * Everything is counted from JUnit reports, since the two runtimes print differently; a runner that
+ * leaves none has failed. The last line is "N passed, N failed, N skipped".
  * @module
  */
 
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
@@ -25,6 +28,7 @@ type Runner = keyof typeof UBD_COMMANDS;
 const { values: options } = parseArgs({
   options: {
     quick: { type: "boolean", default: false },
+    full: { type: "boolean", default: false },
     kernel: { type: "string" },
     ubd: { type: "string" },
     only: { type: "string" },
@@ -78,9 +82,9 @@ function readReport(path: string): string | undefined {
   }
 }
 
-function hostTests(runtime: "bun" | "deno"): void {
-  const report = join(scratch, `${runtime}.xml`);
-  const tiers = ["tests/unit", "tests/shim"].filter((tier) => hasTests(tier));
+function hostTests(runtime: "bun" | "deno", ...tiers: string[]): void {
+  const report = join(scratch, "report.xml");
+  rmSync(report, { force: true });
   const args = runtime === "bun"
     ? ["test", "--reporter=junit", `--reporter-outfile=${report}`, "--timeout=60000", ...tiers]
     : ["test", "-A", "-q", "--no-check", `--junit-path=${report}`, ...tiers];
@@ -88,19 +92,14 @@ function hostTests(runtime: "bun" | "deno"): void {
   count(runtime, readReport(report), status === 0);
 }
 
-function hasTests(tier: string): boolean {
-  return readdirSync(join(ROOT, tier)).some((name) => name.endsWith("_test.ts"));
-}
-
 async function deviceTests(kernel: KernelName, ubd: Runner): Promise<void> {
   const results = mkdtempSync(join(scratch, "results-"));
-  const full = kernel === "newest" && ubd === "binary";
   const guest = await runInGuest({
     kernel,
     ubd,
     resultsDir: results,
-    timeoutS: 1200,
-    env: { UBD_RUNNER: ubd, UBD_SCALE: full ? "full" : "small" },
+    timeoutS: options.full ? 7200 : 1200,
+    env: { UBD_RUNNER: ubd, UBD_SCALE: options.full ? "full" : "small" },
     command: "bun test --reporter=junit --reporter-outfile=/results/report.xml " +
       "--timeout=120000 /ubd/tests/device",
     onOutput: (chunk) => process.stdout.write(chunk),
@@ -120,8 +119,9 @@ await stage("check", () => {
   total.failed += failed;
 });
 await stage("build", build);
-await stage("unit and shim tests, Bun", () => hostTests("bun"));
-await stage("unit and shim tests, Deno", () => hostTests("deno"));
+await stage("unit and shim tests, Bun", () => hostTests("bun", "tests/unit", "tests/shim"));
+await stage("unit and shim tests, Deno", () => hostTests("deno", "tests/unit", "tests/shim"));
+await stage("package tests", () => hostTests("bun", "tests/package"));
 if (!options.quick) {
   const kernels = (Object.keys(KERNELS) as KernelName[])
     .filter((kernel) => !options.kernel || kernel === options.kernel);
