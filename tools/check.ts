@@ -59,7 +59,8 @@ export function layerFaults(read: (file: string) => string, files: string[]): st
 }
 
 function run(command: string, args: string[]): void {
-  execFileSync(command, args, { cwd: ROOT, stdio: ["ignore", "pipe", "pipe"], encoding: "utf8" });
+  const env = { ...process.env, NO_COLOR: "1" };
+  execFileSync(command, args, { cwd: ROOT, stdio: "pipe", encoding: "utf8", env });
 }
 
 const CHECKS: readonly (readonly [string, () => void])[] = [

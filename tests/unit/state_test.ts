@@ -36,6 +36,7 @@ const skip = !isRoot && process.env.XDG_RUNTIME_DIR === undefined
   : false;
 
 const STATE = {
+  spec: { any: ["JSON", 1] },
   pid: process.pid,
   target: { name: "loop", backing_file: "/a \u00e9.img", direct_io: 1, read_only: true },
   queues: [{ qid: 0, tid: 12, affinity: [0, 3] }],
