@@ -26,11 +26,11 @@ deviceTest("recover serves the same device again: reissue loses no I/O of a runn
   const fio = scene.start([
     ...["fio", "--max-jobs=2", "--name=verify", `--filename=${device.path}`, "--direct=1"],
     ...["--ioengine=libaio", "--iodepth=16", "--rw=randwrite", "--bs=4k", "--size=32M"],
-    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", `--runtime=${scaled(20, 120)}`],
+    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", `--runtime=${scaled(12, 120)}`],
   ], { limitMs: 600_000 });
   let running = true;
   fio.ended.finally(() => running = false);
-  for (let round = 0; round < scaled(3, 20) && running; round++) {
+  for (let round = 0; round < scaled(2, 20) && running; round++) {
     await scene.sh("sleep 1");
     await kill(scene, device, "state QUIESCED");
     const next = await recover(scene, device);
