@@ -21,7 +21,9 @@ function installed() {
 
 if (!installed()) {
   console.error("ubd: installing npm dependencies ...");
-  execFileSync("npm", ["ci", "--no-audit", "--no-fund", "--loglevel=error"], {
+  // Not `npm ci`: it wants every platform's optional packages in the lock file, and registries
+  // exist that lack some of Deno's. Versions are exact in package.json.
+  execFileSync("npm", ["install", "--no-save", "--no-audit", "--no-fund", "--loglevel=error"], {
     stdio: ["ignore", "ignore", "inherit"],
   });
   writeFileSync(stampFile, lock);
