@@ -14,6 +14,7 @@ import { appendFileSync } from "node:fs";
 import { text } from "node:stream/consumers";
 import { createInterface } from "node:readline";
 import process from "node:process";
+import { setTimeout as sleep } from "node:timers/promises";
 import {
   UBLK_F_URING_CMD_COMP_IN_TASK,
   UBLK_F_USER_RECOVERY,
@@ -23,6 +24,7 @@ import {
 import { Control } from "../core/control.ts";
 import { Device, type DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
+import type { OpenTarget } from "../core/target.ts";
 import { removeState, writeState } from "../core/state.ts";
 import { rerunArguments } from "../ffi/mod.ts";
 import { findTarget } from "../targets/mod.ts";
@@ -50,6 +52,8 @@ const RECOVERY_FLAGS: Record<RecoveryMode, bigint> = {
   reissue: UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
   fail: UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO,
 };
+
+const LOCK_PATIENCE_MS = 10_000;
 
 /** The hidden verb that makes a process a server. */
 export const SERVE_VERB = "__serve";
@@ -100,9 +104,8 @@ export async function serve(
   process.on("SIGHUP", () => daemon || stopOrdered.resolve("signal"));
 
   using control = await Control.open();
-  const { hasVolatileCache } = control.dialect;
   const targetType = findTarget(spec.target.name);
-  const target = targetType.open(spec.target.options, { shim: control.shim, hasVolatileCache });
+  const target = await openTarget(control, spec);
   const served = { targetName: targetType.name, target, queueThreadEntry, log };
   const { recover, ...lasting } = spec;
   const { compInTask, ...options } = spec.device;
@@ -125,7 +128,7 @@ export async function serve(
   try {
     writeState(id, state);
   } catch (error) {
-    await device.stop();
+    if (recover === undefined) await device.stop();
     const { code = "EIO", message } = error as NodeJS.ErrnoException;
     throw new UblkError({ errno: code, operation: "write the state file", hint: message });
   }
@@ -141,6 +144,22 @@ export async function serve(
     log(`device ${id} is no longer served: ${(error as Error).message}`);
     if (!spec.recovery) removeState(id, process.pid);
     throw error;
+  }
+}
+
+/** In recovery, the kernel may still be letting go of what the old server had locked. */
+async function openTarget({ dialect, shim }: Control, spec: ServerSpec): Promise<OpenTarget> {
+  const { name, options } = spec.target;
+  const context = { shim, hasVolatileCache: dialect.hasVolatileCache };
+  const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
+  for (;;) {
+    try {
+      return findTarget(name).open(options, context);
+    } catch (error) {
+      const busy = error instanceof UblkError && error.errno === "EBUSY";
+      if (!busy || performance.now() > deadline) throw error;
+      await sleep(100);
+    }
   }
 }
 

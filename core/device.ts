@@ -177,8 +177,13 @@ export class Device {
       facts.push({ qid, tid, affinity: await control.getQueueAffinity(id, qid) });
     }
     return new Device(control, info, facts, queues.ended, () => {
+      // The target first: whoever waits for the character device then finds everything durable.
+      try {
+        options.target.close();
+      } catch (error) {
+        options.log((error as Error).message);
+      }
       queues.release();
-      options.target.close();
     });
   }
 

@@ -35,7 +35,11 @@ export interface OpenTarget {
   readonly notes: readonly string[];
   /** Structured-cloneable; the queue threads' handlers are made from it. */
   readonly spec: unknown;
-  /** Makes what was written durable and releases the backing. Called once, after the queues. */
+  /**
+   * Makes what was written durable and releases the backing. Called once, after the queues.
+   *
+   * @throws {UblkError} it could not be made durable; it is released all the same.
+   */
   close(): void;
 }
 

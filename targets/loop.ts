@@ -120,8 +120,9 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
           alwaysDurable: !context.hasVolatileCache,
         },
         close() {
-          if (!readOnly) native.ubd_fdatasync(backing.fd);
+          const synced = readOnly ? 0 : native.ubd_fdatasync(backing.fd);
           native.ubd_close(backing.fd);
+          if (synced < 0) throw UblkError.from(synced, `sync ${path}`);
         },
       };
     } catch (error) {
