@@ -122,15 +122,19 @@ export interface Added {
  * Declares a test with a scene of its own.
  *
  * @param options.limitS how long the body may take; 180 unless given.
+ * @param options.everywhere also as Bun and Deno from source; the others run so at full scale only,
+ * because a guest is slow and most of what they test does not depend on the runtime.
  * @param options.skip another reason not to run.
  */
 export function deviceTest(
   name: string,
-  options: { limitS?: number; skip?: string | false },
+  options: { limitS?: number; everywhere?: boolean; skip?: string | false },
   body: (scene: Scene) => Promise<void>,
 ): void {
   const limitMs = (options.limitS ?? 180) * 1000;
-  const skip = cannotRun || options.skip || false;
+  const elsewhere = !options.everywhere && !FULL && RUNNER !== "binary" &&
+    "at small scale, only as the executable";
+  const skip = cannotRun || options.skip || elsewhere;
   // The outer limit is for the cleaning up; it must not strike first.
   test(name, { skip, timeout: limitMs + 120_000 }, async () => {
     const scene = new Scene();

@@ -16,48 +16,52 @@ const DUMP = new RegExp(
     '\\ttarget \\{.*"type":0\\}\\n$',
 );
 
-deviceTest("a device is told in ublk's format, as JSON and in words", {}, async (scene) => {
-  const version = JSON.parse((await scene.ubd("version", "--json")).stdout);
-  console.log(`ubd ${version.version}, ${version.runtime}, Linux ${version.kernel}, ${RUNNER}`);
+deviceTest(
+  "a device is told in ublk's format, as JSON and in words",
+  { everywhere: true },
+  async (scene) => {
+    const version = JSON.parse((await scene.ubd("version", "--json")).stdout);
+    console.log(`ubd ${version.version}, ${version.runtime}, Linux ${version.kernel}, ${RUNNER}`);
 
-  const image = scene.image("disk.img", 8 << 20);
-  const zero = await scene.add("null", "--size", "1G");
-  const loop = await scene.add("-t", "loop", "-f", "disk.img");
-  assert.match(zero.stdout, DUMP);
-  assert.match(zero.stdout, /block size 512 dev_capacity 2097152\n/);
-  assert.match(zero.stderr, /^ubd: \/dev\/ublkb\d+ is live: 1 GiB\n$/);
-  assert.match(loop.stdout, DUMP);
-  assert.match(loop.stderr, /is live: 8 MiB, direct I\/O\n$/);
-  const target = JSON.parse(/\ttarget (.*)\n/.exec(loop.stdout)![1]!);
-  assert.equal(target.backing_file, image);
-  assert.equal(target.dev_size, 8 << 20);
-  assert.equal(target.direct_io, 1);
-  assert.equal(target.name, "loop");
-  assert.equal(target.offset, 0);
-  for (const { id, pid } of [zero, loop]) {
-    assert.equal(statSync(statePath(id)).mode & 0o777, 0o600);
-    assert.equal(JSON.parse(readFileSync(statePath(id), "utf8")).pid, pid);
-  }
+    const image = scene.image("disk.img", 8 << 20);
+    const zero = await scene.add("null", "--size", "1G");
+    const loop = await scene.add("-t", "loop", "-f", "disk.img");
+    assert.match(zero.stdout, DUMP);
+    assert.match(zero.stdout, /block size 512 dev_capacity 2097152\n/);
+    assert.match(zero.stderr, /^ubd: \/dev\/ublkb\d+ is live: 1 GiB\n$/);
+    assert.match(loop.stdout, DUMP);
+    assert.match(loop.stderr, /is live: 8 MiB, direct I\/O\n$/);
+    const target = JSON.parse(/\ttarget (.*)\n/.exec(loop.stdout)![1]!);
+    assert.equal(target.backing_file, image);
+    assert.equal(target.dev_size, 8 << 20);
+    assert.equal(target.direct_io, 1);
+    assert.equal(target.name, "loop");
+    assert.equal(target.offset, 0);
+    for (const { id, pid } of [zero, loop]) {
+      assert.equal(statSync(statePath(id)).mode & 0o777, 0o600);
+      assert.equal(JSON.parse(readFileSync(statePath(id), "utf8")).pid, pid);
+    }
 
-  const [all, one, verbose, info] = await Promise.all([
-    scene.ubd("list"),
-    scene.ubd("list", "-n", `${loop.id}`),
-    scene.ubd("list", "--number", `${loop.id}`, "-v"),
-    scene.ubd("info", loop.path),
-  ]);
-  assert.equal(all.stdout, zero.stdout + loop.stdout);
-  assert.equal(one.stdout, loop.stdout);
-  const whole = JSON.parse(verbose.stdout);
-  assert.match(verbose.stdout, /^\{\n {4}"/);
-  assert.equal(whole.target.backing_file, image);
-  assert.equal(whole.params.basic.dev_sectors, 16384);
-  assert.equal(whole.queues["0"].qid, 0);
-  assert.match(info.stdout, /^state +LIVE$/m);
-  assert.match(info.stdout, new RegExp(`^served by +process ${loop.pid}$`, "m"));
-  assert.match(info.stdout, new RegExp(`^backing_file +${image}$`, "m"));
-  await scene.del(zero, loop);
-  assert.equal((await scene.ubd("list")).stdout, "");
-});
+    const [all, one, verbose, info] = await Promise.all([
+      scene.ubd("list"),
+      scene.ubd("list", "-n", `${loop.id}`),
+      scene.ubd("list", "--number", `${loop.id}`, "-v"),
+      scene.ubd("info", loop.path),
+    ]);
+    assert.equal(all.stdout, zero.stdout + loop.stdout);
+    assert.equal(one.stdout, loop.stdout);
+    const whole = JSON.parse(verbose.stdout);
+    assert.match(verbose.stdout, /^\{\n {4}"/);
+    assert.equal(whole.target.backing_file, image);
+    assert.equal(whole.params.basic.dev_sectors, 16384);
+    assert.equal(whole.queues["0"].qid, 0);
+    assert.match(info.stdout, /^state +LIVE$/m);
+    assert.match(info.stdout, new RegExp(`^served by +process ${loop.pid}$`, "m"));
+    assert.match(info.stdout, new RegExp(`^backing_file +${image}$`, "m"));
+    await scene.del(zero, loop);
+    assert.equal((await scene.ubd("list")).stdout, "");
+  },
+);
 
 deviceTest("--json of every verb is one line of JSON", {}, async (scene) => {
   const json = async (...args: string[]) => {
@@ -162,7 +166,9 @@ deviceTest("a device added again and again leaks nothing in its process", {
   for (let round = 0; round < scaled(0, 20); round++) await scene.del(await scene.add("null"));
 });
 
-deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {}, async (scene) => {
+deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {
+  everywhere: true,
+}, async (scene) => {
   const job = scene.start(["ubd", "add", "null", "--foreground"]);
   assert.ok(await until(() => / is live: /.test(job.output()), 60_000), job.output());
   const device = scene.adopt(job.output());
@@ -174,7 +180,9 @@ deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {}, 
   scene.forget(device);
 });
 
-deviceTest("$(ubd add) returns; the server holds nothing of its caller's", {}, async (scene) => {
+deviceTest("$(ubd add) returns; the server holds nothing of its caller's", {
+  everywhere: true,
+}, async (scene) => {
   const victim = join(scene.directory, "victim");
   writeFileSync(victim, "precious");
   await scene.sh("mkdir -p -m 755 /run/ubd");

@@ -11,6 +11,7 @@ import {
   inPairs,
   type Job,
   killServer,
+  RUNNER,
   scaled,
   type Scene,
   until,
@@ -46,9 +47,10 @@ async function endsByItself(job: Job): Promise<void> {
 }
 
 deviceTest("del under load ends the I/O, the device and its server", {
-  limitS: scaled(240, 900),
+  limitS: scaled(240, 3000),
+  everywhere: true,
 }, async (scene) => {
-  await inPairs(scaled(5, 50), async (round) => {
+  await inPairs(scaled(RUNNER === "binary" ? 4 : 2, 50), async (round) => {
     const device = await addFor(scene, round);
     const job = await load(scene, device);
     await scene.delForced(device);
@@ -57,7 +59,8 @@ deviceTest("del under load ends the I/O, the device and its server", {
 });
 
 deviceTest("SIGTERM to the server under load ends the I/O and deletes the device", {
-  limitS: scaled(180, 600),
+  limitS: scaled(180, 900),
+  everywhere: true,
 }, async (scene) => {
   await inPairs(scaled(2, 10), async (round) => {
     const device = await addFor(scene, round);
@@ -70,9 +73,10 @@ deviceTest("SIGTERM to the server under load ends the I/O and deletes the device
 });
 
 deviceTest("kill -9 under load leaves a DEAD device, which list shows and del removes", {
-  limitS: scaled(180, 900),
+  limitS: scaled(180, 1800),
+  everywhere: true,
 }, async (scene) => {
-  await inPairs(scaled(3, 20), async (round) => {
+  await inPairs(scaled(2, 20), async (round) => {
     const device = await addFor(scene, round);
     const job = await load(scene, device);
     await killServer(scene, device);

@@ -21,12 +21,13 @@ async function recover(scene: Scene, device: Added): Promise<Added> {
 
 deviceTest("recover serves the same device again: reissue loses no I/O of a running fio", {
   limitS: scaled(300, 900),
+  everywhere: true,
 }, async (scene) => {
   let device = await scene.add("loop", scene.image("disk", 64 << 20), "--recovery=reissue");
   const fio = scene.start([
     ...["fio", "--max-jobs=2", "--name=verify", `--filename=${device.path}`, "--direct=1"],
     ...["--ioengine=libaio", "--iodepth=16", "--rw=randwrite", "--bs=4k", "--size=32M"],
-    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", `--runtime=${scaled(12, 120)}`],
+    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", `--runtime=${scaled(10, 120)}`],
   ], { limitMs: 600_000 });
   let running = true;
   fio.ended.finally(() => running = false);
