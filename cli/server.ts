@@ -26,7 +26,7 @@ import { Device, type DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import type { OpenTarget } from "../core/target.ts";
 import { removeState, writeState } from "../core/state.ts";
-import { rerunArguments } from "../ffi/mod.ts";
+import { rerunArguments, Shim } from "../ffi/mod.ts";
 import { findTarget } from "../targets/mod.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
 import { EXIT, type Failure, toFailure } from "./exit.ts";
@@ -198,6 +198,8 @@ function logToKernel(message: string): void {
  * @throws {ReportedError} what the server said. @throws {UblkError} it died without a word.
  */
 export async function startServer(spec: ServerSpec): Promise<Live> {
+  // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
+  new Shim().native.ubd_close_on_exec();
   const child = spawn(process.execPath, [...rerunArguments(), SERVE_VERB], {
     detached: true,
     cwd: "/",

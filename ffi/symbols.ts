@@ -36,6 +36,7 @@ export const SYMBOLS = {
   ubd_ioctl: { args: ["i32", "u32", "buffer"], result: "i32" },
   ubd_eventfd: { args: [], result: "i32" },
   ubd_wake: { args: ["i32"], result: "i32" },
+  ubd_close_on_exec: { args: [], result: "i32" },
   ubd_gettid: { args: [], result: "i32" },
 } as const satisfies Record<string, NativeFunction>;
 

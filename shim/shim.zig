@@ -177,6 +177,12 @@ export fn ubd_wake(fd: i32) i32 {
     return sys.call(.write, .{ word(fd), @intFromPtr(&one), 8, 0, 0, 0 });
 }
 
+/// Lets no descriptor from 3 on reach a program started by this process (Linux 5.11).
+export fn ubd_close_on_exec() i32 {
+    const close_range_cloexec = 1 << 2;
+    return sys.call(.close_range, .{ 3, 0xffff_ffff, close_range_cloexec, 0, 0, 0 });
+}
+
 export fn ubd_gettid() i32 {
     return sys.call(.gettid, .{ 0, 0, 0, 0, 0, 0 });
 }

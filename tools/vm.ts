@@ -44,9 +44,9 @@ const HOST_PACKAGES = [
 
 /** What `ubd` in the guest's PATH runs. */
 export const UBD_COMMANDS = {
+  binary: "/ubd/dist/ubd",
   bun: "bun /ubd/cli/main.ts",
   deno: "deno run -A -q --cached-only --config /ubd/deno.json /ubd/cli/main.ts",
-  binary: "/ubd/dist/ubd",
 } as const;
 
 /** What {@link runInGuest} boots and runs. */

@@ -60,7 +60,6 @@ deviceTest("del under load ends the I/O, the device and its server", {
 
 deviceTest("SIGTERM to the server under load ends the I/O and deletes the device", {
   limitS: scaled(180, 900),
-  everywhere: true,
 }, async (scene) => {
   await inPairs(scaled(2, 10), async (round) => {
     const device = await addFor(scene, round);
