@@ -238,7 +238,8 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
     return outcome.live;
   }
   await died.promise;
-  if (added !== undefined) await deleteLeftover(added);
+  // Only one that died without a word: whoever undid its work may see the id in other hands now.
+  if (outcome === undefined && added !== undefined) await deleteLeftover(added);
   if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
   if (interrupted) {
     throw new ReportedError({ message: "interrupted", exitCode: EXIT.INTERRUPTED });

@@ -12,10 +12,12 @@
  */
 
 import { readFileSync } from "node:fs";
+import { release } from "node:os";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceInfo } from "../abi/dialect.ts";
 import { ERRNO, errnoName } from "../abi/errno.ts";
+import { FEATURE_KERNEL, FEATURE_NAMES } from "../abi/ublk_cmd.ts";
 import type { Control } from "./control.ts";
 import { UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
@@ -124,6 +126,7 @@ export class Device {
       });
       undo.push(() => control.deleteDevice(info.id));
       options.onAdded?.(info.id);
+      refuseLackingFeatures(options.flags & ~info.flags);
       checkpoint("added");
       if (control.dialect.hasParams) {
         await control.setParams(info.id, toParams(limits, info.maxIoBytes));
@@ -286,6 +289,17 @@ async function attach(
     await Promise.race([command, died]);
   };
   return { tids, ended, during, release };
+}
+
+/** The driver drops flags it does not know, silently: a device must not promise less than asked. */
+function refuseLackingFeatures(lacking: bigint): void {
+  const [flag, name] = [...FEATURE_NAMES].find(([bit]) => bit & lacking) ?? [];
+  if (flag === undefined) return;
+  throw new UblkError({
+    errno: "EOPNOTSUPP",
+    operation: "ADD_DEV",
+    hint: `kernel ${release()} lacks ${name} (needs ${FEATURE_KERNEL.get(flag) ?? "a later one"})`,
+  });
 }
 
 async function ignoring(errnos: string[], work: Promise<void>): Promise<void> {

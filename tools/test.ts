@@ -102,7 +102,7 @@ async function deviceTests(kernel: KernelName, ubd: Runner): Promise<void> {
     ubd,
     resultsDir: results,
     timeoutS: options.full ? 7200 : 1200,
-    env: { UBD_RUNNER: ubd, UBD_SCALE: options.full ? "full" : "small" },
+    env: { UBD_RUNNER: ubd, UBD_KERNEL: kernel, UBD_SCALE: options.full ? "full" : "small" },
     command: "bun test --reporter=junit --reporter-outfile=/results/report.xml " +
       "--timeout=120000 /ubd/tests/device",
   });

@@ -78,55 +78,63 @@ for (const { label, tail } of [{ label: "gpt", tail: 512 }, { label: "dos", tail
   });
 }
 
-deviceTest("--ro never changes the file, allows many readers and no writer", {}, async (scene) => {
-  const image = scene.image("disk.img", 16 * MIB + 100);
-  await scene.sh(`mkfs.ext4 -q -F ${image} 16M; touch -d 2001-02-03 ${image}`);
-  const facts = () => scene.sh(`sha256sum ${image}; stat -c '%Y %s %b' ${image}`);
-  const before = await facts();
-  const one = await scene.add("loop", image, "--ro");
-  const two = await scene.add("loop", image, "--ro", "--buffered");
-  assert.match(one.stderr, /read-only/);
-  assert.equal(await scene.sh(`blockdev --getro ${one.path} ${two.path}`), "1\n1");
-  const write = await scene.run(["dd", "if=/dev/zero", `of=${one.path}`, "bs=4k", "count=1"]);
-  assert.notEqual(write.code, 0);
-  const point = await scene.mount("point", "-o ro", one.path);
-  await scene.sh(`ls ${point} > /dev/null; umount ${point}`);
-  await scene.run(["blkdiscard", "-f", two.path]);
+deviceTest(
+  "--ro never changes the file, allows many readers and no writer",
+  { anyKernel: true },
+  async (scene) => {
+    const image = scene.image("disk.img", 16 * MIB + 100);
+    await scene.sh(`mkfs.ext4 -q -F ${image} 16M; touch -d 2001-02-03 ${image}`);
+    const facts = () => scene.sh(`sha256sum ${image}; stat -c '%Y %s %b' ${image}`);
+    const before = await facts();
+    const one = await scene.add("loop", image, "--ro");
+    const two = await scene.add("loop", image, "--ro", "--buffered");
+    assert.match(one.stderr, /read-only/);
+    assert.equal(await scene.sh(`blockdev --getro ${one.path} ${two.path}`), "1\n1");
+    const write = await scene.run(["dd", "if=/dev/zero", `of=${one.path}`, "bs=4k", "count=1"]);
+    assert.notEqual(write.code, 0);
+    const point = await scene.mount("point", "-o ro", one.path);
+    await scene.sh(`ls ${point} > /dev/null; umount ${point}`);
+    await scene.run(["blkdiscard", "-f", two.path]);
 
-  const writer = await scene.ubd("add", "loop", image);
-  assert.equal(writer.code, 4, writer.stderr);
-  assert.match(writer.stderr, /Cannot lock .*EBUSY.*--force/);
-  await scene.del(one, two);
-  assert.equal(await facts(), before);
-});
+    const writer = await scene.ubd("add", "loop", image);
+    assert.equal(writer.code, 4, writer.stderr);
+    assert.match(writer.stderr, /Cannot lock .*EBUSY.*--force/);
+    await scene.del(one, two);
+    assert.equal(await facts(), before);
+  },
+);
 
-deviceTest("--offset and --size cut a window; bytes outside are not touched", {}, async (scene) => {
-  const image = join(scene.directory, "disk.img");
-  await scene.sh(`head -c 8M /dev/urandom > ${image}`);
-  const before = readFileSync(image);
-  const [start, size] = [MIB + 512, 2 * MIB];
-  const device = await scene.add("loop", image, "--offset", `${start}B`, "--size", "2M");
-  const same = await scene.ubd("add", "loop", image, "-o", "2049", "--size", "2M", "--force");
-  const twin = scene.adopt(same.stdout);
-  await scene.sh(
-    `[ $(blockdev --getsize64 ${device.path}) = ${size} ]
+deviceTest(
+  "--offset and --size cut a window; bytes outside are not touched",
+  { anyKernel: true },
+  async (scene) => {
+    const image = join(scene.directory, "disk.img");
+    await scene.sh(`head -c 8M /dev/urandom > ${image}`);
+    const before = readFileSync(image);
+    const [start, size] = [MIB + 512, 2 * MIB];
+    const device = await scene.add("loop", image, "--offset", `${start}B`, "--size", "2M");
+    const same = await scene.ubd("add", "loop", image, "-o", "2049", "--size", "2M", "--force");
+    const twin = scene.adopt(same.stdout);
+    await scene.sh(
+      `[ $(blockdev --getsize64 ${device.path}) = ${size} ]
      cmp -n ${size} -i 0:${start} ${device.path} ${image}
      cmp -n ${size} ${device.path} ${twin.path}
      head -c 2M /dev/urandom > new
      dd status=none if=new of=${device.path} bs=256K oflag=direct
      blkdiscard -z -o 512 -l 1024 ${device.path}
      ! dd status=none if=/dev/zero of=${device.path} bs=4k count=1 seek=512 2> /dev/null`,
-  );
-  await scene.del(device, twin);
-  const after = readFileSync(image);
-  const wanted = Buffer.from(readFileSync(join(scene.directory, "new")));
-  wanted.fill(0, 512, 1536);
-  assert.ok(after.subarray(start, start + size).equals(wanted), "the window has the new data");
-  assert.ok(after.subarray(0, start).equals(before.subarray(0, start)), "in front of it");
-  assert.ok(after.subarray(start + size).equals(before.subarray(start + size)), "behind it");
-});
+    );
+    await scene.del(device, twin);
+    const after = readFileSync(image);
+    const wanted = Buffer.from(readFileSync(join(scene.directory, "new")));
+    wanted.fill(0, 512, 1536);
+    assert.ok(after.subarray(start, start + size).equals(wanted), "the window has the new data");
+    assert.ok(after.subarray(0, start).equals(before.subarray(0, start)), "in front of it");
+    assert.ok(after.subarray(start + size).equals(before.subarray(start + size)), "behind it");
+  },
+);
 
-deviceTest("offsets beyond 4 GiB arrive where they belong", {}, async (scene) => {
+deviceTest("offsets beyond 4 GiB arrive where they belong", { anyKernel: true }, async (scene) => {
   const image = scene.image("large.img", 6 * 1024 ** 3);
   const device = await scene.add("loop", image);
   const at = 5 * 1024 + 3; // MiB
@@ -164,27 +172,34 @@ deviceTest("block devices and 4096-byte blocks serve as backing", {}, async (sce
     sha256sum < ${point}/data | cmp - sum`);
 });
 
-deviceTest("what refuses direct I/O is served buffered, and add says why", {}, async (scene) => {
-  const large = await scene.losetup("-b 4096", scene.image("back", 24 * MIB));
-  await scene.sh(`mkfs.ext4 -q ${large}`);
-  const point = await scene.mount("point", large);
-  const image = `${point}/disk.img`;
-  await scene.sh(`truncate -s 8M ${image}`);
-  const write = (device: string, bytes: number) =>
-    scene.sh(`head -c 1M /dev/urandom > new
+deviceTest(
+  "what refuses direct I/O is served buffered, and add says why",
+  { anyKernel: true },
+  async (scene) => {
+    const large = await scene.losetup("-b 4096", scene.image("back", 24 * MIB));
+    await scene.sh(`mkfs.ext4 -q ${large}`);
+    const point = await scene.mount("point", large);
+    const image = `${point}/disk.img`;
+    await scene.sh(`truncate -s 8M ${image}`);
+    const write = (device: string, bytes: number) =>
+      scene.sh(`head -c 1M /dev/urandom > new
       dd status=none if=new of=${device} bs=${bytes} oflag=direct
       dd status=none if=${device} bs=${bytes} iflag=direct count=${MIB / bytes} | cmp - new
       cmp -n ${MIB} new ${image}`);
 
-  const small = await scene.add("loop", image);
-  assert.match(small.stderr, /buffered I\/O: direct I\/O needs blocks of 4096 bytes; --block-size/);
-  await write(small.path, 512 * 32);
-  await scene.del(small);
-  const aligned = await scene.add("loop", image, "--block-size", "4096");
-  assert.match(aligned.stderr, /, direct I\/O\n/);
-  await write(aligned.path, 4096 * 8);
-  assert.ok(blockStat(aligned)[4]! > 0);
-  const fd = openSync(aligned.path, "r");
-  assert.equal(readSync(fd, new Uint8Array(100)), 100);
-  closeSync(fd);
-});
+    const small = await scene.add("loop", image);
+    assert.match(
+      small.stderr,
+      /buffered I\/O: direct I\/O needs blocks of 4096 bytes; --block-size/,
+    );
+    await write(small.path, 512 * 32);
+    await scene.del(small);
+    const aligned = await scene.add("loop", image, "--block-size", "4096");
+    assert.match(aligned.stderr, /, direct I\/O\n/);
+    await write(aligned.path, 4096 * 8);
+    assert.ok(blockStat(aligned)[4]! > 0);
+    const fd = openSync(aligned.path, "r");
+    assert.equal(readSync(fd, new Uint8Array(100)), 100);
+    closeSync(fd);
+  },
+);

@@ -63,7 +63,7 @@ deviceTest(
   },
 );
 
-deviceTest("--json of every verb is one line of JSON", {}, async (scene) => {
+deviceTest("--json of every verb is one line of JSON", { anyKernel: true }, async (scene) => {
   const json = async (...args: string[]) => {
     const { code, stdout, stderr } = await scene.ubd(...args, "--json");
     assert.equal(code, 0, stderr);
@@ -121,6 +121,7 @@ deviceTest("queues and depth are as the driver made them, and all serve", {}, as
 
 deviceTest("many devices live side by side, with ids chosen or automatic", {
   limitS: 600,
+  anyKernel: true,
 }, async (scene) => {
   const count = scaled(8, 64);
   const chosen = await scene.add("null", "-n", "3", "-d", "4");
@@ -149,6 +150,7 @@ deviceTest("many devices live side by side, with ids chosen or automatic", {
 
 deviceTest("a device added again and again leaks nothing in its process", {
   limitS: 900,
+  anyKernel: true,
 }, async (scene) => {
   const image = scene.image("disk.img", 1 << 20);
   const script = join(import.meta.dirname!, "churn.ts");

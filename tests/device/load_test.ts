@@ -11,7 +11,6 @@ import {
   inPairs,
   type Job,
   killServer,
-  RUNNER,
   scaled,
   type Scene,
   until,
@@ -48,9 +47,8 @@ async function endsByItself(job: Job): Promise<void> {
 
 deviceTest("del under load ends the I/O, the device and its server", {
   limitS: scaled(240, 3000),
-  everywhere: true,
 }, async (scene) => {
-  await inPairs(scaled(RUNNER === "binary" ? 4 : 2, 50), async (round) => {
+  await inPairs(scaled(4, 50), async (round) => {
     const device = await addFor(scene, round);
     const job = await load(scene, device);
     await scene.delForced(device);

@@ -71,6 +71,7 @@ const OTHER_CASES: [string, number, RegExp][] = [
 
 deviceTest("what cannot start says why, with its exit code, and leaves nothing", {
   limitS: 300,
+  anyKernel: true,
 }, async (scene) => {
   await scene.sh("truncate -s 1M disk fixed; : > empty; truncate -s 511 small; chattr +i fixed");
   scene.finally(() => scene.sh("chattr -i fixed"));
@@ -91,34 +92,42 @@ deviceTest("what cannot start says why, with its exit code, and leaves nothing",
   assert.deepEqual(readdirSync("/sys/class/ublk-char"), []);
 });
 
-deviceTest("what is in use is refused with exit code 4, unless forced", {}, async (scene) => {
-  const image = scene.image("disk", 16 << 20);
-  const other = scene.image("other", 16 << 20);
-  const disk = await scene.losetup(other);
-  await scene.sh(`mkfs.ext4 -q ${disk}`);
-  await scene.mount("point", disk);
-  const device = await scene.add("loop", image);
-  await allFail(scene, [
-    ["ubd add loop $D/disk", EXIT.BUSY, /Cannot lock .*disk: EBUSY.*add --force/],
-    ["ubd add loop $D/disk --ro", EXIT.BUSY, /Cannot lock .*disk: EBUSY/],
-    ["ubd add loop $D/other", EXIT.BUSY, /has it as backing file; losetup -d \/dev\/loop/],
-    [`ubd add loop ${disk}`, EXIT.BUSY, /EBUSY.*mounted or in use/],
-    [`ubd add null -n ${device.id}`, EXIT.BUSY, /ADD_DEV on device \d+: EEXIST.*another id/],
-  ]);
-  const forced = await scene.add("loop", image, "--force");
-  await scene.sh(`dd status=none if=${forced.path} of=/dev/null bs=4k count=1`);
-  await scene.del(forced);
-  await scene.sh(`dd status=none if=${device.path} of=/dev/null bs=4k count=1`);
-});
+deviceTest(
+  "what is in use is refused with exit code 4, unless forced",
+  { anyKernel: true },
+  async (scene) => {
+    const image = scene.image("disk", 16 << 20);
+    const other = scene.image("other", 16 << 20);
+    const disk = await scene.losetup(other);
+    await scene.sh(`mkfs.ext4 -q ${disk}`);
+    await scene.mount("point", disk);
+    const device = await scene.add("loop", image);
+    await allFail(scene, [
+      ["ubd add loop $D/disk", EXIT.BUSY, /Cannot lock .*disk: EBUSY.*add --force/],
+      ["ubd add loop $D/disk --ro", EXIT.BUSY, /Cannot lock .*disk: EBUSY/],
+      ["ubd add loop $D/other", EXIT.BUSY, /has it as backing file; losetup -d \/dev\/loop/],
+      [`ubd add loop ${disk}`, EXIT.BUSY, /EBUSY.*mounted or in use/],
+      [`ubd add null -n ${device.id}`, EXIT.BUSY, /ADD_DEV on device \d+: EEXIST.*another id/],
+    ]);
+    const forced = await scene.add("loop", image, "--force");
+    await scene.sh(`dd status=none if=${forced.path} of=/dev/null bs=4k count=1`);
+    await scene.del(forced);
+    await scene.sh(`dd status=none if=${device.path} of=/dev/null bs=4k count=1`);
+  },
+);
 
-deviceTest("a read-only file system needs --ro, and gets it", {}, async (scene) => {
-  await scene.sh("mkdir files; truncate -s 1M files/disk");
-  const point = await scene.mount("point", "--bind", `${scene.directory}/files`);
-  await scene.sh(`mount -o remount,bind,ro ${point}`);
-  await fails(scene, `ubd add loop ${point}/disk`, EXIT.FAILURE, /EROFS.*add --ro/);
-  const device = await scene.add("loop", `${point}/disk`, "--ro");
-  await scene.sh(`cmp -n 1M ${device.path} /dev/zero`);
-});
+deviceTest(
+  "a read-only file system needs --ro, and gets it",
+  { anyKernel: true },
+  async (scene) => {
+    await scene.sh("mkdir files; truncate -s 1M files/disk");
+    const point = await scene.mount("point", "--bind", `${scene.directory}/files`);
+    await scene.sh(`mount -o remount,bind,ro ${point}`);
+    await fails(scene, `ubd add loop ${point}/disk`, EXIT.FAILURE, /EROFS.*add --ro/);
+    const device = await scene.add("loop", `${point}/disk`, "--ro");
+    await scene.sh(`cmp -n 1M ${device.path} /dev/zero`);
+  },
+);
 
 deviceTest("a full or shortened backing fails its requests, and the device lives on", {
   limitS: 240,
@@ -175,7 +184,7 @@ deviceTest("no io_uring and no driver each have a message of their own", {}, asy
   if (FULL) await scene.add("null");
 });
 
-deviceTest("ids with nothing behind them are not id 0", {}, async (scene) => {
+deviceTest("ids with nothing behind them are not id 0", { anyKernel: true }, async (scene) => {
   const device = await scene.add("null", "-n", "0");
   await allFail(scene, [
     ["ubd del", EXIT.USAGE, /Which device/],

@@ -10,6 +10,7 @@ const DIST = join(import.meta.dirname!, "../../dist");
 const tarball = existsSync(DIST) && readdirSync(DIST).find((name) => name.endsWith(".tgz"));
 
 deviceTest("bunx ubd serves a device from the packed package", {
+  anyKernel: true,
   skip: !tarball
     ? "dist/ has no packed package: run npm run build"
     : RUNNER !== "binary" && "the package is the same, whatever else ubd is run as",

@@ -48,6 +48,13 @@ for (const [mode, state] of [["wait", "QUIESCED"], ["fail", "FAIL_IO"]] as const
     `recover in mode ${mode}: what was written before is read after`,
     {},
     async (scene) => {
+      const { stdout: features } = await scene.ubd("features");
+      if (mode === "fail" && !features.includes("RECOVERY_FAIL_IO")) {
+        const refused = await scene.ubd("add", "null", "--recovery=fail");
+        assert.equal(refused.code, 1);
+        assert.match(refused.stderr, /kernel 6\.12\S* lacks USER_RECOVERY_FAIL_IO \(needs 6\.13\)/);
+        return;
+      }
       const device = await scene.add("loop", scene.image("disk", 16 << 20), `--recovery=${mode}`);
       await scene.sh(`head -c 1M /dev/urandom > data; dd status=none if=data of=${device.path} \
       bs=64k oflag=direct`);
