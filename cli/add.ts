@@ -6,6 +6,7 @@ import process from "node:process";
 import { Control } from "../core/control.ts";
 import { checkOptions, DEPTH_DEFAULT, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "../core/device.ts";
 import { UsageError } from "../core/error.ts";
+import { SECTOR_BYTES } from "../core/queue.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findTarget, TARGET_NAMES } from "../targets/mod.ts";
 import { type Command, Option } from "commander";
@@ -26,7 +27,8 @@ interface AddOptions {
   buffered?: boolean;
   buffered_io?: boolean;
   offset?: number;
-  offsetSectors?: number;
+  /** The offset in sectors. */
+  o?: number;
   force?: boolean;
   foreground?: boolean;
   recovery?: RecoveryMode;
@@ -42,7 +44,7 @@ const DEVICE = "Device:";
 const TARGET = "Target:";
 
 /** Options that only loop understands, by the name they have in AddOptions. */
-const LOOP_ONLY = ["file", "ro", "buffered", "buffered_io", "offset", "offsetSectors", "force"];
+const LOOP_ONLY = ["file", "ro", "buffered", "buffered_io", "offset", "o", "force"];
 
 /** `--offset 2048` means sectors to `ublk` and bytes to `losetup`: a unit must say which. */
 function parseOffset(text: string): number {
@@ -148,9 +150,8 @@ export function defineAdd(program: Command): void {
 async function add(
   target: string | undefined,
   file: string | undefined,
-  options: AddOptions & { o?: number; max_io_buf_bytes?: number },
+  options: AddOptions & { max_io_buf_bytes?: number },
 ): Promise<void> {
-  if (options.o !== undefined) options.offsetSectors = options.o;
   const spec = toSpec(target, file, {
     ...options,
     maxIoSize: options.max_io_buf_bytes ?? options.maxIoSize,
@@ -202,13 +203,15 @@ function toSpec(
   if (name !== "loop") {
     const given = LOOP_ONLY.find((key) => options[key as keyof AddOptions] !== undefined);
     if (given !== undefined || path !== undefined) {
-      const what = given === undefined || given === "file" ? "no file" : `no --${given}`;
+      const what = given === undefined || given === "file"
+        ? "no file"
+        : `no ${given === "o" ? "-o" : `--${given}`}`;
       throw new UsageError(`Target ${name} takes ${what}: that is for loop`);
     }
     return { device, ...recovery, target: { name, options: common } };
   }
   if (path === undefined) throw new UsageError("Which file? ubd add loop FILE");
-  const offsetBytes = options.offset ?? (options.offsetSectors ?? 0) * 512;
+  const offsetBytes = options.offset ?? (options.o ?? 0) * SECTOR_BYTES;
   if (offsetBytes < 0) throw new UsageError(`Offset ${offsetBytes}: it must not be negative`);
   return {
     device,
