@@ -117,8 +117,9 @@ function program(...command: string[]): void {
   countOne(command.join(" "), status === 0);
 }
 
-await stage("check", () => {
-  const { passed, failed } = check();
+await stage("check", async () => {
+  const { passed, failed } = await check();
+  if (failed) failures.push(`check: ${failed} failed`);
   total.passed += passed;
   total.failed += failed;
 });
