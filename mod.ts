@@ -2,15 +2,42 @@
 /**
  * Linux block devices served from TypeScript, over the kernel's ublk driver and io_uring.
  *
- * `Control` speaks to the driver; `Device.create` adds, starts and serves a device whose target
- * is one of `findTarget`'s.
+ * `defineTarget` makes a block device of a few functions; `createDevice` serves it in this
+ * program, `ubd add ./file.ts` in a process of its own. Sizes and offsets are in bytes, times in
+ * milliseconds.
+ *
+ * @example A device of 64 MiB in memory
+ * ```ts
+ * import { createDevice, defineTarget } from "ubd";
+ *
+ * const disk = new Uint8Array(64 * 1024 ** 2);
+ * const target = defineTarget({
+ *   size: disk.length,
+ *   read: ({ offset, length, buffer }) => buffer.set(disk.subarray(offset, offset + length)),
+ *   write: ({ offset, buffer }) => disk.set(buffer, offset),
+ * });
+ *
+ * await using device = await createDevice(target);
+ * console.log(device.path);
+ * ```
  * @module
  */
 
-export { Control } from "./core/control.ts";
-export { Device, type DeviceOptions, type QueueFacts } from "./core/device.ts";
+export { createDevice, type CreateDeviceOptions, type ServedDevice } from "./core/create_device.ts";
+export {
+  type Answer,
+  type BlockDevice,
+  defineTarget,
+  type OptionSpec,
+  type OptionSpecs,
+  type OptionValues,
+  type ReadRequest,
+  type Request,
+  type Target,
+  type TargetDefinition,
+  type WriteRequest,
+  type ZeroRequest,
+} from "./core/define_target.ts";
 export { UblkError, type UblkErrorDetails, UsageError } from "./core/error.ts";
-export type { DeviceLimits, OpenTarget, TargetType } from "./core/target.ts";
+export type { DeviceStats, OperationStats } from "./core/stats.ts";
 export { VERSION } from "./core/version.ts";
-export { findTarget, TARGET_NAMES } from "./targets/mod.ts";
-export { queueThreadEntry } from "./targets/queue_thread.ts";

@@ -5,10 +5,12 @@ import { resolve } from "node:path";
 import process from "node:process";
 import { Control } from "../core/control.ts";
 import { checkOptions, DEPTH_DEFAULT, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "../core/device.ts";
+import { describeOptions } from "../core/define_target.ts";
 import { UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
-import { findTarget, TARGET_NAMES } from "../targets/mod.ts";
+import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
+import { isModule, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
 import { describeDevice, dumpDevice } from "./describe.ts";
 import { type Live, type RecoveryMode, serve, type ServerSpec, startServer } from "./server.ts";
@@ -30,6 +32,8 @@ interface AddOptions {
   /** The offset in sectors. */
   o?: number;
   force?: boolean;
+  /** Of a target written with defineTarget, by name. */
+  opt?: Record<string, string>;
   foreground?: boolean;
   recovery?: RecoveryMode;
   uring_comp?: boolean;
@@ -72,6 +76,13 @@ function parseRecovery(text: string): RecoveryMode {
   throw new UsageError(`Recovery "${text}": say --recovery=${RECOVERY_MODES.join(" or =")}`);
 }
 
+function collectOption(text: string, collected: Record<string, string> = {}) {
+  const [, name, value] = /^([^=]+)=(.*)$/s.exec(text) ?? [];
+  if (name === undefined) throw new UsageError(`--opt ${text}: say --opt NAME=VALUE`);
+  if (Object.hasOwn(collected, name)) throw new UsageError(`--opt ${name}: it is given twice`);
+  return { ...collected, [name]: value! };
+}
+
 export function defineAdd(program: Command): void {
   const option = (flags: string, description: string, group: string) =>
     new Option(flags, description).helpGroup(group);
@@ -83,10 +94,11 @@ export function defineAdd(program: Command): void {
     .description(
       "Makes a block device and serves it in the background until it is deleted.\n\n" +
         "  ubd add null              a device that keeps nothing\n" +
-        "  ubd add loop disk.img     a file, or a block device, as a device\n\n" +
+        "  ubd add loop disk.img     a file, or a block device, as a device\n" +
+        "  ubd add ./my_target.ts    a target of your own; with --help: its options\n\n" +
         "Prints the device on standard output once it is LIVE.",
     )
-    .argument("[target]", TARGET_NAMES.join(" or "))
+    .argument("[target]", `${TARGET_NAMES.join(", ")} or a module such as ./x.ts`)
     .argument("[file]", "loop: the file or block device")
     .addOption(
       option("-n, --number <id>", "device id; -1: the next free one", DEVICE)
@@ -133,6 +145,10 @@ export function defineAdd(program: Command): void {
     .addOption(option("--ro", "loop: read-only; the file is never written", TARGET))
     .addOption(option("--buffered", "loop: through the page cache, not direct I/O", TARGET))
     .addOption(option("--force", "loop: though the file is locked or in use", TARGET))
+    .addOption(
+      option("--opt <name=value>", "an option of a target of your own; may be repeated", TARGET)
+        .argParser(collectOption),
+    )
     .addOption(new Option("--buffered_io").hideHelp())
     .addOption(new Option("--max_io_buf_bytes <bytes>").argParser(size("Largest I/O")).hideHelp())
     .addOption(new Option("-u, --uring_comp <0|1>").argParser(parseSwitch("-u")).hideHelp())
@@ -145,6 +161,17 @@ export function defineAdd(program: Command): void {
       new Option("-e, --user_recovery_fail_io <0|1>").argParser(parseSwitch("-e")).hideHelp(),
     )
     .action(add);
+}
+
+/** The options of the target that a command line names; empty when it names none of its kind. */
+export async function targetHelp(args: readonly string[]): Promise<string> {
+  const name = args.find((arg) => isModule(arg) || isDefined(arg));
+  if (name === undefined) return "";
+  const definition = isModule(name)
+    ? await findDefinition(MODULE_TARGET, resolve(name))
+    : await findDefinition(name, "");
+  const lines = describeOptions(definition);
+  return `\nOptions of ${name}:\n${lines.join("\n") || "  none"}`;
 }
 
 async function add(
@@ -179,7 +206,8 @@ function toSpec(
   if (name === undefined) {
     throw new UsageError(`Which target? ubd add ${TARGET_NAMES.join(" ... or ubd add ")} ...`);
   }
-  findTarget(name);
+  const defined = isModule(name) || isDefined(name);
+  if (!defined) findTarget(name);
   if (file !== undefined && options.file !== undefined) {
     throw new UsageError(`Name the file once: "${file}", or -f ${options.file}`);
   }
@@ -200,6 +228,19 @@ function toSpec(
     ...(options.blockSize !== undefined && { blockBytes: options.blockSize }),
   };
   const path = file ?? options.file;
+  if (defined) {
+    const given = LOOP_ONLY.find((key) => options[key as keyof AddOptions] !== undefined);
+    if (given !== undefined || path !== undefined || Object.keys(common).length > 0) {
+      throw new UsageError(
+        `Target ${name} takes its own options only: --opt NAME=VALUE; ubd add ${name} --help`,
+      );
+    }
+    const file = isModule(name) ? { file: resolve(name) } : {};
+    const own = { ...file, options: options.opt ?? {}, directory: process.cwd() };
+    const target = { name: isModule(name) ? MODULE_TARGET : name, options: own };
+    return { device, ...recovery, target };
+  }
+  if (options.opt) throw new UsageError(`Target ${name} takes no --opt`);
   if (name !== "loop") {
     const given = LOOP_ONLY.find((key) => options[key as keyof AddOptions] !== undefined);
     if (given !== undefined || path !== undefined) {

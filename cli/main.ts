@@ -12,7 +12,7 @@ import { Command, CommanderError } from "commander";
 import { isQueueThread } from "../core/queue_thread.ts";
 import { VERSION } from "../core/version.ts";
 import { runtime } from "../ffi/mod.ts";
-import { defineAdd } from "./add.ts";
+import { defineAdd, targetHelp } from "./add.ts";
 import { defineDel } from "./del.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure } from "./exit.ts";
 import { defineList } from "./list.ts";
@@ -86,11 +86,21 @@ function help(program: Command, verb: string | undefined, { json }: { json?: boo
   console.log(JSON.stringify(describe(command)));
 }
 
+/** `ubd add ./x.ts --help` shows what only the module knows. */
+async function explainTarget(program: Command): Promise<void> {
+  const [verb, ...rest] = process.argv.slice(2);
+  const asked = rest.includes("--help") || rest.includes("-h");
+  const add = program.commands.find((command) => command.name() === verb);
+  if (asked && add?.name() === "add") add.addHelpText("after", await targetHelp(rest));
+}
+
 async function main(): Promise<number> {
   if (process.argv[2] === SERVE_VERB) return await runServer();
   const json = process.argv.includes("--json");
   try {
-    await defineProgram().parseAsync();
+    const program = defineProgram();
+    await explainTarget(program);
+    await program.parseAsync();
     return Number(process.exitCode ?? EXIT.OK);
   } catch (error) {
     if (error instanceof CommanderError) {

@@ -24,10 +24,12 @@ import {
 import { Control } from "../core/control.ts";
 import { Device, type DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
+import { openInThread } from "../core/queue_thread.ts";
 import type { OpenTarget } from "../core/target.ts";
 import { removeState, writeState } from "../core/state.ts";
 import { rerunArguments, Shim } from "../ffi/mod.ts";
-import { findTarget } from "../targets/mod.ts";
+import { findTarget, isDefined } from "../targets/mod.ts";
+import type { ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
 import { EXIT, type Failure, toFailure } from "./exit.ts";
 
@@ -104,9 +106,9 @@ export async function serve(
   process.on("SIGHUP", () => daemon || stopOrdered.resolve("signal"));
 
   using control = await Control.open();
-  const targetType = findTarget(spec.target.name);
-  const target = await openTarget(control, spec);
-  const served = { targetName: targetType.name, target, queueThreadEntry, log };
+  const { name: targetName } = spec.target;
+  const target = await openTarget(control, spec, log);
+  const served = { targetName, target, queueThreadEntry, log };
   const { recover, ...lasting } = spec;
   const { compInTask, ...options } = spec.device;
   const device = recover === undefined
@@ -123,7 +125,7 @@ export async function serve(
   if (device.info.queues < options.queues) {
     notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);
   }
-  const facts = { name: targetType.name, dev_size: target.limits.sizeBytes, ...target.facts };
+  const facts = { name: targetName, dev_size: target.limits.sizeBytes, ...target.facts };
   const state = { pid: process.pid, target: facts, queues: [...device.queues], spec: lasting };
   try {
     writeState(id, state);
@@ -148,8 +150,17 @@ export async function serve(
 }
 
 /** In recovery, the kernel may still be letting go of what the old server had locked. */
-async function openTarget({ dialect, shim }: Control, spec: ServerSpec): Promise<OpenTarget> {
+async function openTarget(
+  { dialect, shim }: Control,
+  spec: ServerSpec,
+  log: (text: string) => void,
+): Promise<OpenTarget> {
   const { name, options } = spec.target;
+  if (isDefined(name)) {
+    const { file, options: given } = options as Partial<ModuleSpec>;
+    const facts = { ...(file && { module: file }), ...given } as OpenTarget["facts"];
+    return await openInThread(queueThreadEntry, { name, spec: options }, facts, shim, log);
+  }
   const context = { shim, hasVolatileCache: dialect.hasVolatileCache };
   const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
   for (;;) {

@@ -23,6 +23,7 @@ import { UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
 import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
+import { type DeviceStats, sumStats } from "./stats.ts";
 import type { OpenTarget } from "./target.ts";
 
 export const QUEUES_DEFAULT = 1;
@@ -77,6 +78,7 @@ export class Device {
   /** Settles when every queue has ended: after a stop, whoever ordered it, or by a failure. */
   readonly ended: Promise<void>;
   readonly #control: Control;
+  readonly #threads: readonly QueueThread[];
   /** Releases the character device and the target. */
   readonly #release: () => void;
 
@@ -84,18 +86,24 @@ export class Device {
     control: Control,
     info: DeviceInfo,
     queues: QueueFacts[],
-    ended: Promise<void>,
+    { ended, threads }: Queues,
     release: () => void,
   ) {
     this.#control = control;
     this.info = info;
     this.queues = queues;
     this.ended = ended;
+    this.#threads = threads;
     this.#release = once(release);
   }
 
   get path(): string {
     return this.#control.dialect.blockPath(this.info.id);
+  }
+
+  /** What was answered since this server began. */
+  stats(): DeviceStats {
+    return sumStats(this.#threads.map(({ stats }) => stats));
   }
 
   /**
@@ -112,7 +120,12 @@ export class Device {
         const { depthMax } = control.dialect;
         throw new UsageError(`Queue depth ${options.depth}: this driver takes up to ${depthMax}`);
       }
-      const { limits } = options.target;
+      const { limits, queuesMax = QUEUES_MAX } = options.target;
+      if (options.queues > queuesMax) {
+        throw new UsageError(
+          `Number of queues ${options.queues}: this target can be served by ${queuesMax}`,
+        );
+      }
       toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
 
       const info = await control.addDevice({
@@ -179,7 +192,7 @@ export class Device {
     for (const [qid, tid] of queues.tids.entries()) {
       facts.push({ qid, tid, affinity: await control.getQueueAffinity(id, qid) });
     }
-    return new Device(control, info, facts, queues.ended, () => {
+    return new Device(control, info, facts, queues, () => {
       // The target first: whoever waits for the character device then finds everything durable.
       try {
         options.target.close();
@@ -192,6 +205,7 @@ export class Device {
 
   /** Stops, drains and deletes. I/O in flight is answered first. Idempotent on the driver's side. */
   async stop(): Promise<void> {
+    for (const thread of this.#threads) thread.stopping();
     await ignoring(["ENODEV"], this.#control.stopDevice(this.info.id));
     await this.ended;
     this.letGo();
@@ -227,6 +241,7 @@ async function unwinding<T>(
 }
 
 interface Queues {
+  threads: QueueThread[];
   /** Kernel ids of the queues' threads. */
   tids: number[];
   ended: Promise<void>;
@@ -255,9 +270,11 @@ async function attach(
     release();
   });
 
+  const target = { name: options.targetName, spec: options.target.spec };
+  const tidsKnown: Promise<number>[] = [];
   const pageBytes = pageSize();
   for (let queueId = 0; queueId < info.queues; queueId++) {
-    const wakeFd = shim.native.ubd_eventfd();
+    const wakeFd = shim.native.ubd_eventfd(0);
     if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: info.id });
     fds.push(wakeFd);
     const config = {
@@ -272,11 +289,12 @@ async function attach(
       descriptorOffset: dialect.mmapOffset(queueId, pageBytes),
       descriptorBytes: dialect.mmapBytes(info.depth, pageBytes),
     };
-    const target = { name: options.targetName, spec: options.target.spec };
-    const spec = { shimPath: shim.path, config, target };
-    threads.push(startQueueThread(options.queueThreadEntry, spec, shim, options.log));
+    const thread = options.target.startThread?.(queueId) ??
+      startQueueThread(options.queueThreadEntry, target, queueId, shim, options.log);
+    threads.push(thread);
+    tidsKnown.push(thread.serve(config));
   }
-  const tids = await Promise.all(threads.map((thread) => thread.started));
+  const tids = await Promise.all(tidsKnown);
   checkpoint("queues started");
 
   const ended = Promise.all(threads.map((thread) => thread.ended)).then(() => {});
@@ -288,7 +306,7 @@ async function attach(
     died.catch(() => {});
     await Promise.race([command, died]);
   };
-  return { tids, ended, during, release };
+  return { threads, tids, ended, during, release };
 }
 
 /** The driver drops flags it does not know, silently: a device must not promise less than asked. */

@@ -73,6 +73,24 @@ export class UsageError extends Error {
   override readonly name = "UsageError";
 }
 
+/** An error on its way to another thread, where it would lose its class. */
+export type PlainError =
+  | { kind: "ublk"; details: UblkErrorDetails }
+  | { kind: "usage"; message: string }
+  | { kind: "other"; error: unknown };
+
+export function toPlainError(error: unknown): PlainError {
+  if (error instanceof UblkError) return { kind: "ublk", details: error.details };
+  if (error instanceof UsageError) return { kind: "usage", message: error.message };
+  return { kind: "other", error };
+}
+
+export function fromPlainError(plain: PlainError): Error {
+  if (plain.kind === "ublk") return new UblkError(plain.details);
+  if (plain.kind === "usage") return new UsageError(plain.message);
+  return plain.error instanceof Error ? plain.error : new Error(String(plain.error));
+}
+
 const HINTS: Record<string, Record<string, string>> = {
   "open the control device": {
     ENOENT: "load the driver: modprobe ublk_drv; a kernel without it needs CONFIG_BLK_DEV_UBLK",

@@ -26,7 +26,7 @@ const BLOCK_BYTES_MAX = 4096;
  */
 export function toParams(limits: DeviceLimits, ioBytesMax: number): Values<typeof UBLK_PARAMS> {
   checkLimits(limits);
-  const { sizeBytes, blockBytes, physicalBlockBytes, discardBytes } = limits;
+  const { sizeBytes, blockBytes, physicalBlockBytes, discardBytes, writeZeroes } = limits;
   const attrs = (limits.readOnly ? UBLK_ATTR_READ_ONLY : 0) |
     // The driver ignores FUA without a volatile cache.
     (limits.volatileCache ? UBLK_ATTR_VOLATILE_CACHE | UBLK_ATTR_FUA : 0);
@@ -39,11 +39,11 @@ export function toParams(limits: DeviceLimits, ioBytesMax: number): Values<typeo
     max_sectors: ioBytesMax / SECTOR_BYTES,
     dev_sectors: sizeBytes / SECTOR_BYTES,
   };
-  if (discardBytes === 0) return { types: UBLK_PARAM_TYPE_BASIC, basic };
+  if (discardBytes === 0 && !writeZeroes) return { types: UBLK_PARAM_TYPE_BASIC, basic };
   const discard = {
-    discard_granularity: discardBytes,
-    max_discard_sectors: DATALESS_SECTORS_MAX,
-    max_write_zeroes_sectors: DATALESS_SECTORS_MAX,
+    discard_granularity: discardBytes || blockBytes,
+    max_discard_sectors: discardBytes === 0 ? 0 : DATALESS_SECTORS_MAX,
+    max_write_zeroes_sectors: writeZeroes ? DATALESS_SECTORS_MAX : 0,
     max_discard_segments: 1,
   };
   return { types: UBLK_PARAM_TYPE_BASIC | UBLK_PARAM_TYPE_DISCARD, basic, discard };

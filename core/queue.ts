@@ -3,7 +3,8 @@
  * One queue of a device: fetches requests, hands them to a handler, commits the answers.
  *
  * The calling thread blocks in `run` until the driver has taken every tag back (the device was
- * stopped). One FFI call per batch; nothing is allocated for a request.
+ * stopped). One FFI call per batch; nothing is allocated for a request. A handler that has work on
+ * the thread's event loop is served by `runOnEventLoop` instead, which never blocks.
  *
  * Invariants, each asserted: a tag is free → fetched → serving → fetched … → retired; a request
  * gets exactly one commit; a tag has at most one SQE in flight (its io command or one file
@@ -15,6 +16,7 @@
  * @module
  */
 
+import { setImmediate } from "node:timers";
 import { ERRNO } from "../abi/errno.ts";
 import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
 import {
@@ -34,6 +36,7 @@ import {
 } from "../ffi/mod.ts";
 import { assert, AssertionError } from "./assert.ts";
 import { UblkError } from "./error.ts";
+import { countRequest, emptyStats } from "./stats.ts";
 import type { RequestHandler } from "./target.ts";
 
 const FREE = 0;
@@ -56,17 +59,26 @@ export class Queue implements Disposable {
   readonly #commandFloats: Float64Array;
   readonly #eventWords: Int32Array;
   readonly #eventFloats: Float64Array;
-  readonly #buffers: Uint8Array<ArrayBuffer>;
+  /** The data of each tag. */
+  readonly #data: Uint8Array<ArrayBuffer>[];
   readonly #state: Uint8Array;
   readonly #opFlags: Uint32Array;
   readonly #sectors: Uint32Array;
   readonly #startSector: Float64Array;
+  readonly #stats: Float64Array;
   #commandCount = 0;
   #liveTags: number;
+  #started = false;
   #disposed = false;
+  /** Ends the wait of `runOnEventLoop`, when there is one. */
+  #goOn = () => {};
+  #broken: { error: unknown } | undefined;
 
-  /** @throws {UblkError} EPERM: io_uring is disabled; ENOMEM; EMFILE. */
-  constructor(shim: Shim, config: QueueConfig) {
+  /**
+   * @param stats counts for others to read, see core/stats.ts.
+   * @throws {UblkError} EPERM: io_uring is disabled; ENOMEM; EMFILE.
+   */
+  constructor(shim: Shim, config: QueueConfig, stats: Float64Array = emptyStats()) {
     const memory = shim.queueInit(config);
     if (typeof memory === "number") throw UblkError.from(memory, "set up a ring");
     this.#shim = shim;
@@ -77,7 +89,11 @@ export class Queue implements Disposable {
     this.#commandFloats = new Float64Array(memory.commands);
     this.#eventWords = new Int32Array(memory.events);
     this.#eventFloats = new Float64Array(memory.events);
-    this.#buffers = new Uint8Array(memory.buffers);
+    this.#data = Array.from(
+      { length: config.depth },
+      (_, tag) => new Uint8Array(memory.buffers, tag * config.ioBytesMax, config.ioBytesMax),
+    );
+    this.#stats = stats;
     this.#state = new Uint8Array(config.depth);
     this.#opFlags = new Uint32Array(config.depth);
     this.#sectors = new Uint32Array(config.depth);
@@ -111,10 +127,26 @@ export class Queue implements Disposable {
     return this.#startSector[tag]! * SECTOR_BYTES;
   }
 
+  /** The first bytes of the tag's buffer: to be filled by a READ, to be taken from by a WRITE. */
+  data(tag: number, bytes: number): Uint8Array<ArrayBuffer> {
+    return this.#data[tag]!.subarray(0, bytes);
+  }
+
   /** Zeroes a part of the tag's buffer. */
   fillZero(tag: number, start: number, end: number): void {
-    const base = tag * this.ioBytesMax;
-    this.#buffers.fill(0, base + start, base + end);
+    this.#data[tag]!.fill(0, start, end);
+  }
+
+  /**
+   * Gives a tag other memory, so that whoever was too late for its last request cannot write into
+   * the data of the next.
+   *
+   * @throws {UblkError} ENOMEM.
+   */
+  renewData(tag: number): void {
+    const buffer = this.#shim.renewBuffer(this.#memory.handle, tag, this.ioBytesMax);
+    if (!buffer) throw new UblkError({ errno: "ENOMEM", operation: "renew a buffer" });
+    this.#data[tag] = new Uint8Array(buffer);
   }
 
   /**
@@ -131,7 +163,15 @@ export class Queue implements Disposable {
       if (result === 0 || result > this.bytes(tag)) result = -ERRNO.EIO;
     }
     if (result === -ERRNO.EAGAIN) result = -ERRNO.EIO;
+    countRequest(this.#stats, op, result);
     this.#command(COMMAND_COMMIT, tag, result, 0);
+    this.#goOn();
+  }
+
+  /** Ends `runOnEventLoop` with this error: for what fails between its turns. */
+  break(error: unknown): void {
+    this.#broken ??= { error };
+    this.#goOn();
   }
 
   /** Reads a file into the tag's buffer. `resume` gets bytes or -errno. */
@@ -183,36 +223,84 @@ export class Queue implements Disposable {
   }
 
   /**
-   * Serves until the driver has taken every tag back, or `woken` returns true.
+   * Serves until the driver has taken every tag back, or `woken` returns true, or the handler
+   * needs the event loop: `runOnEventLoop` then goes on.
    *
    * @param woken called when the wake-up eventfd was written; true leaves at once.
    * @param failed told of a handler that threw; its request is answered with EIO.
+   * @returns false when the handler needs the event loop.
    * @throws {UblkError} the ring or the driver refused what a correct server may ask.
    */
-  run(handler: RequestHandler, woken: () => boolean, failed: (error: unknown) => void): void {
+  run(handler: RequestHandler, woken: () => boolean, failed: (error: unknown) => void): boolean {
+    assert(!this.#started, "a queue runs once");
+    this.#fetchAll();
+    while (this.#liveTags > 0) {
+      if (handler.needsEventLoop) return false;
+      if (this.#turn(1, handler, woken, failed) < 0) return true;
+    }
+    return true;
+  }
+
+  /**
+   * As `run`, without blocking: between two turns the thread's event loop runs, and while there
+   * is nothing to do it sleeps until the ring or a commit wakes it.
+   */
+  async runOnEventLoop(
+    handler: RequestHandler,
+    woken: () => boolean,
+    failed: (error: unknown) => void,
+  ): Promise<void> {
+    if (!this.#started) this.#fetchAll();
+    const watch = this.#shim.watch(() => this.#goOn());
+    if (typeof watch === "number") throw UblkError.from(watch, "set up a ring");
+    try {
+      const result = this.#shim.native.ubd_queue_notify(this.#memory.handle, watch.fd);
+      if (result < 0) throw UblkError.from(result, "set up a ring");
+      while (this.#liveTags > 0) {
+        const events = this.#turn(0, handler, woken, failed);
+        if (events < 0) return;
+        // Timers and sockets get their turn also under load.
+        if (events > 0 || this.#commandCount > 0) await new Promise(setImmediate);
+        else await new Promise<void>((resolve) => this.#goOn = resolve);
+        if (this.#broken) throw this.#broken.error;
+      }
+    } finally {
+      this.#goOn = () => {};
+      watch.close();
+    }
+  }
+
+  /** Has every tag fetched. */
+  #fetchAll(): void {
+    this.#started = true;
     for (let tag = 0; tag < this.depth; tag++) {
-      assert(this.#state[tag] === FREE, "a queue runs once");
+      assert(this.#state[tag] === FREE, "a tag is fetched twice");
       this.#state[tag] = FETCHED;
       this.#command(COMMAND_FETCH, tag, 0, 0);
     }
     this.#command(COMMAND_WAKE, 0, 0, 0);
+  }
 
-    const step = this.#shim.native.ubd_step;
-    const handle = this.#memory.handle;
-    while (this.#liveTags > 0) {
-      const count = this.#commandCount;
-      this.#commandCount = 0;
-      const events = step(handle, count, 1);
-      if (events < 0) throw UblkError.from(events, "enter the ring");
-      for (let index = 0; index < events; index++) {
-        if (this.#eventWords[index * WORDS] === EVENT_WAKE) {
-          if (woken()) return;
-          this.#command(COMMAND_WAKE, 0, 0, 0);
-        } else {
-          this.#dispatch(index, handler, failed);
-        }
+  /** Submits what there is and serves what completed. @returns how much that was, -1 to leave. */
+  #turn(
+    wait: 0 | 1,
+    handler: RequestHandler,
+    woken: () => boolean,
+    failed: (error: unknown) => void,
+  ): number {
+    const count = this.#commandCount;
+    this.#commandCount = 0;
+    const events = this.#shim.native.ubd_step(this.#memory.handle, count, wait);
+    if (events < 0) throw UblkError.from(events, "enter the ring");
+    for (let index = 0; index < events; index++) {
+      if (this.#eventWords[index * WORDS] === EVENT_WAKE) {
+        if (woken()) return -1;
+        this.#command(COMMAND_WAKE, 0, 0, 0);
+      } else {
+        this.#dispatch(index, handler, failed);
       }
     }
+    return events;
   }
 
   #dispatch(index: number, handler: RequestHandler, failed: (error: unknown) => void): void {
@@ -228,6 +316,7 @@ export class Queue implements Disposable {
       assert(this.#state[tag] === FETCHED, "request on a tag that was not fetched");
       if (result !== 0) {
         this.#retire(tag, result);
+        handler.stopping?.();
         return;
       }
       this.#state[tag] = SERVING;

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT
 /**
  * The thread around a queue: FETCH binds tags to the thread that submits it, so each queue has a
- * Worker of its own, blocked in the ring.
+ * Worker of its own, blocked in the ring. `openHere` serves all of them on the calling thread's
+ * event loop instead, for targets that live in the program that makes the device.
+ *
+ * A thread begins by opening its target, and is told its queue once there is a device.
  *
  * The Worker's entry is a module of the layer that knows the targets (targets/queue_thread.ts),
  * or the whole program in a bundle, where every module has the same URL; both end in
@@ -13,92 +16,214 @@
 import { URL } from "node:url";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { type QueueConfig, Shim } from "../ffi/mod.ts";
-import { UblkError, type UblkErrorDetails } from "./error.ts";
+import { fromPlainError, type PlainError, toPlainError } from "./error.ts";
 import { Queue } from "./queue.ts";
-import type { RequestHandler, ServeContext } from "./target.ts";
+import { emptyStats } from "./stats.ts";
+import type { OpenTarget, RequestHandler, ServedTarget, TargetDescription } from "./target.ts";
 
-export interface QueueThreadSpec {
-  shimPath: string;
-  config: QueueConfig;
-  target: { name: string; spec: unknown };
-}
+type Log = (text: string) => void;
 
-type Message =
-  | { type: "started"; tid: number }
-  | { type: "log"; text: string }
-  | { type: "failed"; error: Error; details: UblkErrorDetails | undefined };
-
-const MARK = "ubdQueueThread";
-
-interface WorkerData extends QueueThreadSpec {
-  readonly [MARK]: true;
-  /** One i32: not 0 once the thread is to leave without waiting for the driver. */
-  readonly abandoned: Int32Array<SharedArrayBuffer>;
+/** What a thread needs to open its target: `prepare` of targets/mod.ts knows both. */
+export interface TargetName {
+  name: string;
+  spec: unknown;
 }
 
 export interface QueueThread {
-  /** The thread's kernel id, once its ring is set up. Rejects when it cannot be. */
-  readonly started: Promise<number>;
-  /** Settles when the thread has ended: resolves after a stop, rejects after a failure. */
+  /** Settles when the target is open: with what it is, if that is only known there. */
+  readonly opened: Promise<TargetDescription | undefined>;
+  /** Settles when the thread is done: resolves after a stop, rejects after a failure. */
   readonly ended: Promise<void>;
-  /** Makes the thread leave its loop now. For devices that never started. */
+  /** See core/stats.ts. */
+  readonly stats: Float64Array;
+  /** Serves this queue from now on. @returns the thread's kernel id, once its ring is set up. */
+  serve(config: QueueConfig): Promise<number>;
+  /** Tells the target that the device is about to stop. */
+  stopping(): void;
+  /** Makes the thread leave now. For devices that never started. */
   abandon(): void;
+}
+
+/** What a thread is told by `orders`, one i32. */
+const STOPPING = 1;
+const ABANDONED = 2;
+
+const MARK = "ubdQueueThread";
+
+interface WorkerData {
+  readonly [MARK]: true;
+  readonly shimPath: string;
+  readonly target: TargetName;
+  readonly orders: Int32Array<SharedArrayBuffer>;
+  readonly stats: Float64Array<SharedArrayBuffer>;
+}
+
+type Message =
+  | { type: "opened"; description: TargetDescription | undefined }
+  | { type: "started"; tid: number }
+  | { type: "log"; text: string }
+  | { type: "failed"; error: PlainError }
+  | { type: "ended" };
+
+/** The promises of a thread, all without an owner at first: nobody may be waiting. */
+function settlements() {
+  const opened = Promise.withResolvers<TargetDescription | undefined>();
+  const started = Promise.withResolvers<number>();
+  const ended = Promise.withResolvers<void>();
+  const all = [opened, started, ended];
+  for (const { promise } of all) promise.catch(() => {});
+  return {
+    opened,
+    started,
+    ended,
+    fail: (error: unknown) => all.forEach((one) => one.reject(error)),
+  };
 }
 
 /** @param entry URL of a module that calls `runQueueThread`. */
 export function startQueueThread(
   entry: string,
-  spec: QueueThreadSpec,
+  target: TargetName,
+  queueId: number,
   shim: Shim,
-  log: (text: string) => void,
+  log: Log,
 ): QueueThread {
-  const abandoned = new Int32Array(new SharedArrayBuffer(4));
-  const data: WorkerData = { ...spec, [MARK]: true, abandoned };
-  const worker = new Worker(new URL(entry), {
-    workerData: data,
-    name: `ubd-queue-${spec.config.queueId}`,
-  });
+  const orders = new Int32Array(new SharedArrayBuffer(4));
+  const stats = emptyStats();
+  const data: WorkerData = { [MARK]: true, shimPath: shim.path, target, orders, stats };
+  const worker = new Worker(new URL(entry), { workerData: data, name: `ubd-queue-${queueId}` });
 
-  const started = Promise.withResolvers<number>();
-  const ended = Promise.withResolvers<void>();
-  const fail = (error: Error) => {
-    started.reject(error);
-    ended.reject(error);
-  };
+  const { opened, started, ended, fail } = settlements();
   worker.on("message", (message: Message) => {
-    if (message.type === "started") started.resolve(message.tid);
+    if (message.type === "opened") opened.resolve(message.description);
+    else if (message.type === "started") started.resolve(message.tid);
     else if (message.type === "log") log(message.text);
-    else fail(message.details ? new UblkError(message.details) : message.error);
+    else if (message.type === "failed") fail(fromPlainError(message.error));
+    else {
+      ended.resolve();
+      worker.terminate(); // What the target left on the event loop would keep it.
+    }
   });
   worker.on("error", fail);
-  worker.on("exit", (code) => {
-    if (code !== 0) fail(new Error(`queue thread ${spec.config.queueId} ended with code ${code}`));
-    started.reject(new Error("queue thread ended before it started"));
-    ended.resolve();
-  });
-  // Whoever awaits sees the rejection; one that is never awaited must not end the process.
-  started.promise.catch(() => {});
-  ended.promise.catch(() => {});
+  worker.on("exit", (code) => fail(new Error(`queue thread ${queueId} ended with code ${code}`)));
 
+  let wakeFd = -1;
+  ended.promise.catch(() => {}).finally(() => wakeFd = -1); // Its number may be another's then.
+  const order = (what: number) => {
+    Atomics.or(orders, 0, what);
+    if (wakeFd >= 0) shim.native.ubd_wake(wakeFd);
+  };
   return {
-    started: started.promise,
+    opened: opened.promise,
     ended: ended.promise,
+    stats,
+    serve(config) {
+      wakeFd = config.wakeFd;
+      worker.postMessage(config);
+      return started.promise;
+    },
+    stopping: () => order(STOPPING),
     abandon() {
-      Atomics.store(abandoned, 0, 1);
-      shim.native.ubd_wake(spec.config.wakeFd);
+      order(ABANDONED);
+      worker.postMessage(undefined);
     },
   };
 }
+
+/**
+ * Opens a target in the thread that will serve its first queue.
+ *
+ * @param spec what `prepare` needs; the other queues' threads get it with what is `shared`.
+ * @throws what opening it threw; the thread is gone then.
+ */
+export async function openInThread(
+  entry: string,
+  { name, spec }: { name: string; spec: Record<string, unknown> },
+  facts: OpenTarget["facts"],
+  shim: Shim,
+  log: Log,
+): Promise<OpenTarget> {
+  const first = startQueueThread(entry, { name, spec }, 0, shim, log);
+  const { limits, queuesMax, shared } = (await first.opened)!;
+  const complete = { ...spec, shared };
+  return {
+    limits,
+    ...(queuesMax !== undefined && { queuesMax }),
+    facts,
+    notes: [],
+    spec: complete,
+    startThread: (queueId) =>
+      queueId === 0 ? first : startQueueThread(entry, { name, spec: complete }, queueId, shim, log),
+    close: () => first.abandon(),
+  };
+}
+
+/** Serves a target on this thread's event loop, with any number of queues. */
+export function openHere(target: ServedTarget, shim: Shim, log: Log): OpenTarget {
+  let serving = 0;
+  let closed: Promise<void> | undefined;
+  const close = () => closed ??= (async () => await target.close?.())();
+  const startThread = (): QueueThread => {
+    const { opened, started, ended } = settlements();
+    opened.resolve(undefined);
+    const stats = emptyStats();
+    let handler: RequestHandler | undefined;
+    let abandoned = false;
+    let wakeFd = -1;
+    const serve = async (config: QueueConfig) => {
+      using queue = new Queue(shim, config, stats);
+      handler = target.handler({ depth: config.depth, ioBytesMax: config.ioBytesMax, log });
+      started.resolve(shim.native.ubd_gettid());
+      await queue.runOnEventLoop(handler, () => abandoned, logFailure(log));
+    };
+    return {
+      opened: opened.promise,
+      ended: ended.promise,
+      stats,
+      serve(config) {
+        wakeFd = config.wakeFd;
+        serving++;
+        serve(config).finally(() => {
+          wakeFd = -1;
+          if (--serving === 0) return close();
+        }).then(ended.resolve, (error) => {
+          started.reject(error);
+          ended.reject(error);
+        });
+        return started.promise;
+      },
+      stopping: () => handler?.stopping?.(),
+      abandon() {
+        abandoned = true;
+        if (wakeFd >= 0) shim.native.ubd_wake(wakeFd);
+        else ended.resolve();
+      },
+    };
+  };
+  return {
+    limits: target.description!.limits,
+    facts: {},
+    notes: [],
+    spec: undefined,
+    startThread,
+    close() {
+      close().catch((error) => log((error as Error)?.message ?? String(error)));
+    },
+  };
+}
+
+const logFailure = (log: Log) => (error: unknown) =>
+  log(`the target failed: ${(error as Error)?.stack ?? error}`);
 
 /** Whether this thread was made by `startQueueThread`. */
 export const isQueueThread: boolean = !isMainThread &&
   (workerData as Partial<WorkerData> | null)?.[MARK] === true;
 
 /** Serves the queue this thread was made for, and returns when it is done. */
-export function runQueueThread(
-  serve: (name: string, spec: unknown, context: ServeContext) => RequestHandler,
-): void {
-  const { shimPath, config, target, abandoned } = workerData as WorkerData;
+export async function runQueueThread(
+  prepare: (target: TargetName) => ServedTarget | Promise<ServedTarget>,
+): Promise<void> {
+  const { shimPath, target, orders, stats } = workerData as WorkerData;
   const send = (message: Message) => parentPort!.postMessage(message);
   const said = new Set<string>();
   const log = (text: string) => {
@@ -107,19 +232,32 @@ export function runQueueThread(
     send({ type: "log", text });
   };
   try {
-    const shim = new Shim(shimPath);
-    using queue = new Queue(shim, config);
-    const context = { depth: config.depth, ioBytesMax: config.ioBytesMax, log };
-    const handler = serve(target.name, target.spec, context);
-    send({ type: "started", tid: shim.native.ubd_gettid() });
-    queue.run(
-      handler,
-      () => Atomics.load(abandoned, 0) !== 0,
-      (error) => log(`target ${target.name} failed: ${(error as Error)?.stack ?? error}`),
+    const told = new Promise<QueueConfig | undefined>((resolve) =>
+      parentPort!.once("message", resolve)
     );
+    const served = await prepare(target);
+    try {
+      send({ type: "opened", description: served.description });
+      const config = await told;
+      if (config) await serveQueue(served, config);
+    } finally {
+      await served.close?.();
+    }
+    send({ type: "ended" });
   } catch (error) {
-    // Crossing threads, an error keeps its message and stack but not its class.
-    const details = error instanceof UblkError ? error.details : undefined;
-    send({ type: "failed", error: error as Error, details });
+    send({ type: "failed", error: toPlainError(error) });
+  }
+
+  async function serveQueue(served: ServedTarget, config: QueueConfig): Promise<void> {
+    const shim = new Shim(shimPath);
+    using queue = new Queue(shim, config, stats);
+    const handler = served.handler({ depth: config.depth, ioBytesMax: config.ioBytesMax, log });
+    const woken = () => {
+      if (Atomics.load(orders, 0) & STOPPING) handler.stopping?.();
+      return (Atomics.load(orders, 0) & ABANDONED) !== 0;
+    };
+    send({ type: "started", tid: shim.native.ubd_gettid() });
+    if (queue.run(handler, woken, logFailure(log))) return;
+    await queue.runOnEventLoop(handler, woken, logFailure(log));
   }
 }

@@ -11,6 +11,7 @@
 
 import type { Shim } from "../ffi/mod.ts";
 import type { Queue } from "./queue.ts";
+import type { QueueThread } from "./queue_thread.ts";
 
 /** What the block layer is told about a device. All sizes in bytes. */
 export interface DeviceLimits {
@@ -23,8 +24,10 @@ export interface DeviceLimits {
   readOnly: boolean;
   /** Completed writes may be lost on power failure until a FLUSH. */
   volatileCache: boolean;
-  /** Smallest extent that DISCARD frees; 0: DISCARD and WRITE_ZEROES are not offered. */
+  /** Smallest extent that DISCARD frees; 0: DISCARD is not offered. */
   discardBytes: number;
+  /** WRITE_ZEROES is offered. */
+  writeZeroes: boolean;
 }
 
 export interface OpenTarget {
@@ -35,6 +38,10 @@ export interface OpenTarget {
   readonly notes: readonly string[];
   /** Structured-cloneable; the queue threads' handlers are made from it. */
   readonly spec: unknown;
+  /** Most queues it can be served by. Default: any number. */
+  readonly queuesMax?: number;
+  /** How a queue of it is served. Default: a thread of its own that makes its handler of `spec`. */
+  startThread?(queueId: number): QueueThread;
   /**
    * Makes what was written durable and releases the backing. Called once, after the queues.
    *
@@ -51,6 +58,28 @@ export interface RequestHandler {
   handle(queue: Queue, tag: number): void;
   /** Optional. A file operation begun for this tag has completed: bytes, 0, or -errno. */
   resume?(queue: Queue, tag: number, result: number): void;
+  /** True once it has work on the thread's event loop: the thread then no longer blocks. */
+  readonly needsEventLoop?: boolean;
+  /** Optional. The device is about to stop; may be called again. */
+  stopping?(): void;
+}
+
+/** A target in the thread that serves it. */
+export interface ServedTarget {
+  /** Of a target that is only known there: what the device shall be. Structured-cloneable. */
+  readonly description?: TargetDescription;
+  /** Called for each queue of the thread. */
+  handler(context: ServeContext): RequestHandler;
+  /** Makes everything durable and releases it: called once, when the thread's queues are done. */
+  close?(): void | Promise<void>;
+}
+
+/** What an `OpenTarget` is made of, when the target was opened in the first queue's thread. */
+export interface TargetDescription {
+  readonly limits: DeviceLimits;
+  readonly queuesMax?: number;
+  /** For the threads of the other queues. */
+  readonly shared: unknown;
 }
 
 export interface OpenContext {

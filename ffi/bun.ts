@@ -25,4 +25,31 @@ export const adapter: Adapter = {
   view(address, sizeBytes) {
     return toArrayBuffer(address as Parameters<typeof toArrayBuffer>[0], 0, sizeBytes);
   },
+
+  provideLibrary(library) {
+    Bun.plugin({
+      name: "ubd",
+      setup(build) {
+        build.module("ubd", () => ({ loader: "object", exports: library }));
+      },
+    });
+  },
+
+  watch({ native }, signalled) {
+    const fd = native.ubd_eventfd(1);
+    if (fd < 0) return fd;
+    const reader = Bun.file(fd).stream().getReader();
+    let closed = false;
+    (async () => {
+      while (!closed && !(await reader.read()).done) signalled();
+    })();
+    return {
+      fd,
+      close() {
+        closed = true;
+        reader.cancel(); // Closes its own copy.
+        native.ubd_close(fd);
+      },
+    };
+  },
 };

@@ -4,11 +4,20 @@
 import process from "node:process";
 import type { Adapter, Native, NativeFunction } from "./symbols.ts";
 
+/** So that a module the server loads can import "ubd": from source, or from dist/cli.js. */
+function importMap(): string {
+  const fromSource = import.meta.url.endsWith("/ffi/deno.ts");
+  const library = new URL(fromSource ? "../mod.ts" : "./mod.js", import.meta.url).href;
+  const map = JSON.stringify({ imports: { ubd: library } });
+  return `data:application/json,${encodeURIComponent(map)}`;
+}
+
 export const adapter: Adapter = {
   runtime: `Deno ${Deno.version.deno}`,
 
   rerunArguments() {
-    return Deno.build.standalone ? [] : ["run", "-A", "-q", process.argv[1]!];
+    if (Deno.build.standalone) return [];
+    return ["run", "-A", "-q", `--import-map=${importMap()}`, process.argv[1]!];
   },
 
   load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table> {
@@ -24,5 +33,29 @@ export const adapter: Adapter = {
     const pointer = Deno.UnsafePointer.create(BigInt(address));
     if (pointer === null) throw new RangeError("Cannot view memory at address 0");
     return Deno.UnsafePointerView.getArrayBuffer(pointer, sizeBytes);
+  },
+
+  provideLibrary() {
+    // rerunArguments has: Deno resolves names before it runs anything.
+  },
+
+  watch({ path, native }, signalled) {
+    const fd = native.ubd_eventfd(0);
+    if (fd < 0) return fd;
+    const { symbols } = Deno.dlopen(path, {
+      ubd_wait: { parameters: ["i32"], result: "i32", nonblocking: true },
+    });
+    let closed = false;
+    (async () => {
+      while (await symbols.ubd_wait(fd) >= 0 && !closed) signalled();
+      native.ubd_close(fd);
+    })();
+    return {
+      fd,
+      close() {
+        closed = true;
+        native.ubd_wake(fd);
+      },
+    };
   },
 };

@@ -9,7 +9,7 @@
  */
 
 import { loadShim } from "./load.ts";
-import type { Adapter, Native } from "./symbols.ts";
+import type { Adapter, Native, Watch } from "./symbols.ts";
 
 const { adapter }: { adapter: Adapter } = "Bun" in globalThis
   ? await import("./bun.ts")
@@ -20,6 +20,9 @@ export const runtime: string = adapter.runtime;
 
 /** Arguments that make process.execPath run this program again. */
 export const rerunArguments: () => string[] = adapter.rerunArguments;
+
+/** Lets modules loaded from now on import this library by its name. */
+export const provideLibrary: Adapter["provideLibrary"] = adapter.provideLibrary;
 
 /** Values of a command's first word. */
 export const COMMAND_FETCH = 0;
@@ -136,6 +139,17 @@ export class Shim {
     fields.set([request.payload, request.payloadBytes, request.pathBytes], 4);
     words[4] = request.data;
     return this.native.ubd_control_submit(handle, words);
+  }
+
+  /** @returns the tag's new buffer; undefined without memory. See ubd_renew_buffer. */
+  renewBuffer(handle: number, tag: number, sizeBytes: number): ArrayBuffer | undefined {
+    const address = this.native.ubd_renew_buffer(handle, tag);
+    return address < 0 ? undefined : adapter.view(address, sizeBytes);
+  }
+
+  /** @returns an eventfd whose every write calls `signalled` on the event loop, or -errno. */
+  watch(signalled: () => void): Watch | number {
+    return adapter.watch(this, signalled);
   }
 
   /** @param flags O_* of open(2). @returns a descriptor, or -errno. */

@@ -20,6 +20,8 @@ export const SYMBOLS = {
   ubd_queue_init: { args: ["buffer"], result: "i32" },
   ubd_queue_address: { args: ["u32", "u32"], result: "f64" },
   ubd_step: { args: ["u32", "u32", "u32"], result: "i32" },
+  ubd_queue_notify: { args: ["u32", "i32"], result: "i32" },
+  ubd_renew_buffer: { args: ["u32", "u32"], result: "f64" },
   ubd_queue_exit: { args: ["u32"], result: "i32" },
   ubd_control_init: { args: [], result: "i32" },
   ubd_control_address: { args: ["u32"], result: "f64" },
@@ -34,7 +36,8 @@ export const SYMBOLS = {
   ubd_probe_read: { args: ["i32", "u32", "f64"], result: "i32" },
   ubd_statx: { args: ["i32", "u32", "buffer"], result: "i32" },
   ubd_ioctl: { args: ["i32", "u32", "buffer"], result: "i32" },
-  ubd_eventfd: { args: [], result: "i32" },
+  ubd_eventfd: { args: ["u32"], result: "i32" },
+  ubd_wait: { args: ["i32"], result: "i32" },
   ubd_wake: { args: ["i32"], result: "i32" },
   ubd_close_on_exec: { args: [], result: "i32" },
   ubd_gettid: { args: [], result: "i32" },
@@ -61,4 +64,14 @@ export interface Adapter {
   load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table>;
   /** A view of native memory, no copy. The caller knows how long the memory lives. */
   view(address: number, sizeBytes: number): ArrayBuffer;
+  /** Lets modules loaded from now on import this library by its name, if nothing else does. */
+  provideLibrary(library: Record<string, unknown>): void;
+  /** Makes an eventfd and calls `signalled` on the event loop whenever it has been written. */
+  watch(shim: { path: string; native: Native }, signalled: () => void): Watch | number;
+}
+
+/** An eventfd that the event loop listens to, without polling. */
+export interface Watch {
+  readonly fd: number;
+  close(): void;
 }

@@ -19,6 +19,7 @@ extern fn io_uring_submit_and_wait(ring: *Ring, wait_nr: c_uint) c_int;
 extern fn io_uring_get_events(ring: *Ring) c_int;
 extern fn io_uring_submit_and_get_events(ring: *Ring) c_int;
 extern fn io_uring_register_ring_fd(ring: *Ring) c_int;
+extern fn io_uring_register_eventfd(ring: *Ring, fd: c_int) c_int;
 
 const setup_cqsize: u32 = 1 << 3;
 const setup_coop_taskrun: u32 = 1 << 8;
@@ -26,6 +27,7 @@ const setup_taskrun_flag: u32 = 1 << 9;
 const setup_sqe128: u32 = 1 << 10;
 const setup_single_issuer: u32 = 1 << 12;
 const setup_defer_taskrun: u32 = 1 << 13;
+const sq_taskrun: u32 = 1 << 2;
 
 const op_nop = 0;
 const op_fsync = 3;
@@ -65,6 +67,10 @@ pub const Queue = struct {
     descs_bytes: usize,
     buffers: usize,
     buffers_bytes: usize,
+    /// Where each tag's data is: in `buffers`, until renewBuffer.
+    addresses: [*]usize,
+    /// Somebody may still write to a buffer that its tag has left: none is unmapped.
+    renewed: bool,
     /// Landing place of the wake-up read; its value has no meaning.
     wake_count: u64,
 };
@@ -77,7 +83,8 @@ pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
 
     const capacity = config.depth + 1;
     const head = sys.roundUp(@sizeOf(Queue), 64);
-    const bytes = sys.roundUp(head + capacity * (@sizeOf(layout.Command) + @sizeOf(layout.Event)), page);
+    const records = capacity * (@sizeOf(layout.Command) + @sizeOf(layout.Event));
+    const bytes = sys.roundUp(head + records + config.depth * @sizeOf(usize), page);
     const base = sys.mapMemory(bytes) catch return -sys.ENOMEM;
     const queue: *Queue = @ptrFromInt(base);
     queue.config = config.*;
@@ -86,6 +93,7 @@ pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
     queue.capacity = capacity;
     queue.commands = @ptrFromInt(base + head);
     queue.events = @ptrFromInt(base + head + capacity * @sizeOf(layout.Command));
+    queue.addresses = @ptrFromInt(base + head + records);
     queue.sqe_bytes = if (config.sqe128 != 0) 128 else 64;
 
     const result = queueAcquire(queue);
@@ -109,6 +117,9 @@ fn queueAcquire(queue: *Queue) i32 {
 
     queue.buffers_bytes = @as(usize, config.depth) * config.io_bytes_max;
     queue.buffers = sys.mapMemory(queue.buffers_bytes) catch return -sys.ENOMEM;
+    for (queue.addresses[0..config.depth], 0..) |*address, tag| {
+        address.* = queue.buffers + tag * config.io_bytes_max;
+    }
 
     return ringInit(&queue.ring, config.depth, config.sqe128 != 0);
 }
@@ -140,13 +151,28 @@ fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
 
 fn queueRelease(queue: *Queue) void {
     if (queue.ring.ring_fd > 0) io_uring_queue_exit(&queue.ring);
-    if (queue.buffers != 0) sys.unmap(queue.buffers, queue.buffers_bytes);
+    if (queue.buffers != 0 and !queue.renewed) sys.unmap(queue.buffers, queue.buffers_bytes);
     if (@intFromPtr(queue.descs) != 0) sys.unmap(@intFromPtr(queue.descs), queue.descs_bytes);
     sys.unmap(queue.mapping, queue.mapping_bytes);
 }
 
 pub fn queueExit(queue: *Queue) void {
     queueRelease(queue);
+}
+
+/// Has the ring signal `fd` when completions may be had from a step that does not wait.
+pub fn queueNotify(queue: *Queue, fd: i32) i32 {
+    return io_uring_register_eventfd(&queue.ring, fd);
+}
+
+/// Gives a tag other memory, and returns its address: whoever serves the tag's last request has
+/// been given up, and must not write into the next one's data. The old memory stays mapped.
+pub fn renewBuffer(queue: *Queue, tag: u32) ?usize {
+    if (tag >= queue.config.depth) return null;
+    const buffer = sys.mapMemory(queue.config.io_bytes_max) catch return null;
+    queue.addresses[tag] = buffer;
+    queue.renewed = true;
+    return buffer;
 }
 
 fn nextSqe(ring: *Ring, sqe_bytes: u32) ?*layout.Sqe {
@@ -183,8 +209,16 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
         if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN and result != -sys.EBUSY) {
             return result;
         }
+        // The kernel runs 20 items at a time, and rings the eventfd no more for what is left.
+        while (!wait and pending(&queue.ring) == 0 and moreToRun(&queue.ring)) {
+            if (io_uring_get_events(&queue.ring) < 0) break;
+        }
     }
     return drain(queue);
+}
+
+fn moreToRun(ring: *Ring) bool {
+    return @atomicLoad(u32, ring.sq.kflags, .monotonic) & sq_taskrun != 0;
 }
 
 fn pending(ring: *Ring) u32 {
@@ -202,7 +236,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
     }
     if (command.tag >= queue.config.depth) return -sys.EINVAL;
     sqe.user_data = command.tag | command.op << 16;
-    const buffer = queue.buffers + @as(usize, command.tag) * queue.config.io_bytes_max;
+    const buffer = queue.addresses[command.tag];
     switch (command.op) {
         command_fetch, command_commit => {
             if (queue.config.char_fd < 0) {

@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 1;
+const shim_version = 2;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -75,6 +75,19 @@ export fn ubd_queue_address(handle: u32, region: u32) f64 {
 export fn ubd_step(handle: u32, count: u32, wait: u32) i32 {
     const queue = lookUp(ring.Queue, &queues, handle) orelse return -sys.EBADF;
     return ring.step(queue, count, wait != 0);
+}
+
+/// Has the queue's ring signal `fd`, an eventfd, when ubd_step has something to drain: for a thread
+/// that must not block in it.
+export fn ubd_queue_notify(handle: u32, fd: i32) i32 {
+    const queue = lookUp(ring.Queue, &queues, handle) orelse return -sys.EBADF;
+    return ring.queueNotify(queue, fd);
+}
+
+/// Gives a tag a new buffer and returns its address, or -1. The old one stays mapped for ever.
+export fn ubd_renew_buffer(handle: u32, tag: u32) f64 {
+    const queue = lookUp(ring.Queue, &queues, handle) orelse return -1;
+    return @floatFromInt(ring.renewBuffer(queue, tag) orelse return -1);
 }
 
 export fn ubd_queue_exit(handle: u32) i32 {
@@ -166,10 +179,22 @@ export fn ubd_ioctl(fd: i32, request: u32, out: ?*[8]u8) i32 {
     return sys.call(.ioctl, .{ word(fd), request, @intFromPtr(checked), 0, 0, 0 });
 }
 
-/// An eventfd that wakes a queue thread out of ubd_step.
-export fn ubd_eventfd() i32 {
+/// An eventfd, to wake a thread out of ubd_step or ubd_wait. Bun watches only one that does not
+/// block, a ring reads only one that does.
+export fn ubd_eventfd(nonblocking: u32) i32 {
     const cloexec = 0o2000000;
-    return sys.call(.eventfd2, .{ 0, cloexec, 0, 0, 0, 0 });
+    const nonblock = 0o4000;
+    const flags: usize = if (nonblocking != 0) cloexec | nonblock else cloexec;
+    return sys.call(.eventfd2, .{ 0, flags, 0, 0, 0, 0 });
+}
+
+/// Blocks until the eventfd was written, and resets it.
+export fn ubd_wait(fd: i32) i32 {
+    var count: u64 = 0;
+    while (true) {
+        const result = sys.call(.read, .{ word(fd), @intFromPtr(&count), 8, 0, 0, 0 });
+        if (result != -sys.EINTR) return result;
+    }
 }
 
 export fn ubd_wake(fd: i32) i32 {

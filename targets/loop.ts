@@ -93,6 +93,7 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
       lock(path, backing.fd, options, context);
       const extent = measure(options, backing);
       const readOnly = options.readOnly ?? false;
+      const discardBytes = readOnly ? 0 : discardUnit(backing, path, context);
       return {
         limits: {
           sizeBytes: extent.sizeBytes,
@@ -100,7 +101,8 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
           physicalBlockBytes: Math.max(extent.blockBytes, 4096),
           readOnly,
           volatileCache: context.hasVolatileCache && !readOnly,
-          discardBytes: readOnly ? 0 : discardUnit(backing, path, context),
+          discardBytes,
+          writeZeroes: discardBytes > 0,
         },
         facts: {
           backing_file: path,

@@ -1,25 +1,55 @@
 // SPDX-License-Identifier: MIT
-/** The built-in targets by name. @module */
+/**
+ * The built-in targets by name. Those of `TARGETS` turn requests into file operations on the
+ * queue's ring; those of `DEFINED` are written as anybody would, with defineTarget.
+ * @module
+ */
 
+import { openDefinition, parseOptions, type Target, toDefinition } from "../core/define_target.ts";
+import type { TargetDefinition } from "../core/define_target.ts";
 import { UsageError } from "../core/error.ts";
-import type { RequestHandler, ServeContext, TargetType } from "../core/target.ts";
+import type { ServedTarget, TargetType } from "../core/target.ts";
 import { loopTarget } from "./loop.ts";
+import { loadModule, MODULE_TARGET, type ModuleSpec, openModule } from "./module.ts";
 import { nullTarget } from "./null.ts";
 
 // deno-lint-ignore no-explicit-any
 const TARGETS: readonly TargetType<any, any>[] = [nullTarget, loopTarget];
 
-export const TARGET_NAMES: readonly string[] = TARGETS.map(({ name }) => name);
+const DEFINED: Readonly<Record<string, Target>> = {};
+
+export const TARGET_NAMES: readonly string[] = [
+  ...TARGETS.map(({ name }) => name),
+  ...Object.keys(DEFINED),
+];
+
+/** Whether a target is opened in the thread that serves it. */
+export function isDefined(name: string): boolean {
+  return name === MODULE_TARGET || Object.hasOwn(DEFINED, name);
+}
+
+/** @param file of MODULE_TARGET. @throws {UsageError} a name that no target has. */
+export async function findDefinition(name: string, file: string): Promise<TargetDefinition> {
+  return name === MODULE_TARGET ? await loadModule(file) : toDefinition(DEFINED[name], name);
+}
 
 /** @throws {UsageError} for a name that no target has. */
 // deno-lint-ignore no-explicit-any
 export function findTarget(name: string): TargetType<any, any> {
   const target = TARGETS.find((candidate) => candidate.name === name);
   if (target) return target;
-  throw new UsageError(`Unknown target "${name}": there are ${TARGET_NAMES.join(" and ")}`);
+  throw new UsageError(
+    `Unknown target "${name}": there are ${TARGET_NAMES.join(", ")}, or a module such as ./x.ts`,
+  );
 }
 
 /** What `runQueueThread` asks for. */
-export function serveTarget(name: string, spec: unknown, context: ServeContext): RequestHandler {
-  return findTarget(name).serve(spec, context);
+export async function prepareTarget(
+  { name, spec }: { name: string; spec: unknown },
+): Promise<ServedTarget> {
+  if (name === MODULE_TARGET) return await openModule(spec as ModuleSpec);
+  if (!isDefined(name)) return { handler: (context) => findTarget(name).serve(spec, context) };
+  const { options, directory, shared } = spec as ModuleSpec;
+  const definition = toDefinition(DEFINED[name], name);
+  return await openDefinition(definition, parseOptions(definition, options, directory), shared);
 }

@@ -28,6 +28,7 @@ export const nullTarget: TargetType<NullOptions, null> = {
         readOnly: false,
         volatileCache: false,
         discardBytes: blockBytes,
+        writeZeroes: true,
       },
       facts: {},
       notes: [],

@@ -6,8 +6,8 @@
  */
 
 import { isQueueThread, runQueueThread } from "../core/queue_thread.ts";
-import { serveTarget } from "./mod.ts";
+import { prepareTarget } from "./mod.ts";
 
 export const queueThreadEntry = import.meta.url;
 
-if (isQueueThread) runQueueThread(serveTarget);
+if (isQueueThread) runQueueThread(prepareTarget);

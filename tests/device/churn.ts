@@ -9,7 +9,10 @@
 
 import { closeSync, openSync, readdirSync, readSync } from "node:fs";
 import process from "node:process";
-import { Control, Device, findTarget, queueThreadEntry } from "../../mod.ts";
+import { Control } from "../../core/control.ts";
+import { Device } from "../../core/device.ts";
+import { findTarget } from "../../targets/mod.ts";
+import { queueThreadEntry } from "../../targets/queue_thread.ts";
 
 const WARM_UP_ROUNDS = 3;
 

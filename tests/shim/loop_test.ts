@@ -177,7 +177,7 @@ function serveSpec(spec: unknown, requests: Request[], options: ServeOptions = {
     spec as Parameters<typeof loopTarget.serve>[0],
     { depth, ioBytesMax: IO_BYTES, log },
   );
-  const wakeFd = shim.native.ubd_eventfd();
+  const wakeFd = shim.native.ubd_eventfd(0);
   try {
     using queue = new Queue(layer, {
       charFd: -1,

@@ -86,7 +86,7 @@ class SpyShim extends Shim {
 
 /** A queue over `shim`, its wake-up descriptor, and how to leave its loop. */
 function setUp(shim: Shim, depth: number) {
-  const wakeFd = shim.native.ubd_eventfd();
+  const wakeFd = shim.native.ubd_eventfd(0);
   const queue = new Queue(shim, {
     charFd: -1,
     wakeFd,

@@ -124,8 +124,13 @@ test("ubd del deletes nothing unless it is told what", TIMEOUT, () => {
 
 test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT, () => {
   mistake(["add"], "Which target? ubd add null ... or ubd add loop ...");
-  mistake(["add", "nbd"], 'Unknown target "nbd": there are null and loop');
+  mistake(["add", "nbd"], 'Unknown target "nbd": there are null, loop, or a module such as ./x.ts');
   mistake(["add", "loop"], "Which file? ubd add loop FILE");
+  mistake(["add", "null", "--opt", "a=1"], "Target null takes no --opt");
+  mistake(["add", "./x.ts", "--opt", "a"], "--opt a: say --opt NAME=VALUE");
+  mistake(["add", "./x.ts", "--opt", "a=1", "--opt", "a=2"], "--opt a: it is given twice");
+  mistake(["add", "./x.ts", "--size", "1M"], /^ubd: Target .\/x.ts takes its own options only/);
+  mistake(["add", "./no.ts", "--help"], /^ubd: Cannot load .*no.ts: /);
   mistake(["add", "null", "-t", "null"], 'Name the target once: "null", or -t null');
   mistake(["add", "loop", "/a", "-f", "/b"], 'Name the file once: "/a", or -f /b');
   mistake(["add", "null", "/a"], "Target null takes no file: that is for loop");

@@ -16,6 +16,7 @@ const LIMITS: DeviceLimits = {
   readOnly: false,
   volatileCache: false,
   discardBytes: 0,
+  writeZeroes: false,
 };
 
 const IO_BYTES = 512 * 1024;
@@ -57,8 +58,18 @@ test("toParams without DISCARD fills the basic block and leaves all else zero", 
   assert.deepStrictEqual(new Uint8Array(view.buffer), new Uint8Array(expected.buffer));
 });
 
+test("toParams offers DISCARD and WRITE_ZEROES each by itself", () => {
+  const discard = bytesOf({ discardBytes: 4096 });
+  assert.strictEqual(discard.getUint32(AT.maxDiscardSectors, true), 8388607);
+  assert.strictEqual(discard.getUint32(AT.maxWriteZeroesSectors, true), 0);
+  const zeroes = bytesOf({ writeZeroes: true });
+  assert.strictEqual(zeroes.getUint32(AT.discardGranularity, true), 512);
+  assert.strictEqual(zeroes.getUint32(AT.maxDiscardSectors, true), 0);
+  assert.strictEqual(zeroes.getUint32(AT.maxWriteZeroesSectors, true), 8388607);
+});
+
 test("toParams with DISCARD adds its block, with the largest extent that fits a u32 of bytes", () => {
-  const view = bytesOf({ discardBytes: 4096 });
+  const view = bytesOf({ discardBytes: 4096, writeZeroes: true });
   assert.strictEqual(view.getUint32(AT.types, true), 3);
   assert.strictEqual(view.getUint32(AT.discard, true), 0);
   assert.strictEqual(view.getUint32(AT.discardGranularity, true), 4096);

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: MIT
+/**
+ * Targets written by users: a size, a `read`, and what else the device shall offer.
+ *
+ * What is not given is not offered to the kernel: without `write` the device is read-only, without
+ * `discard` nobody sends one. core/function_handler.ts calls the functions.
+ * @module
+ */
+
+import { isAbsolute, resolve } from "node:path";
+import { UsageError } from "./error.ts";
+import { FunctionHandler } from "./function_handler.ts";
+import { parseSize } from "./size.ts";
+import type { ServedTarget } from "./target.ts";
+
+/** What a handler answers: nothing when all is done, or the bytes that are, now or later. */
+export type Answer = void | number | Promise<void | number>;
+
+/** One request, valid until its handler's answer is settled. */
+export interface Request {
+  /** Where on the device it starts, in bytes. */
+  readonly offset: number;
+  /** Bytes it is about. */
+  readonly length: number;
+  /** Fires when the device is about to stop: what waits should end. */
+  readonly signal: AbortSignal;
+}
+
+export interface ReadRequest extends Request {
+  /** `length` zeroes, to be filled: the kernel's own request, not a copy. */
+  readonly buffer: Uint8Array<ArrayBuffer>;
+}
+
+export interface WriteRequest extends Request {
+  /** The `length` bytes to be written: the kernel's own request, not a copy. */
+  readonly buffer: Uint8Array<ArrayBuffer>;
+  /** It must be durable before it is answered. Without `handlesFua`, `flush` sees to that. */
+  readonly fua: boolean;
+}
+
+export interface ZeroRequest extends Request {
+  readonly fua: boolean;
+  /** The extent may be deallocated, as long as it reads as zeroes. */
+  readonly mayUnmap: boolean;
+}
+
+/**
+ * A block device as an object of functions.
+ *
+ * Each request is answered exactly once, whatever a function does. An error it throws or rejects
+ * with becomes that request's errno: the error's `code` when that names one (`ENOSPC`), else EIO;
+ * so does a number that is no count of the request's bytes. A count below `length` has the kernel
+ * ask again for the rest; 0 is an error.
+ *
+ * A function that returns no promise is answered at once, in a thread that does nothing else. From
+ * the first promise on, the queue runs on its thread's event loop, with as many requests in flight
+ * as the queue is deep. A request may overtake another; what must come after a write waits for
+ * its answer before it is sent. So a `flush` covers the writes that were answered before it came.
+ */
+export interface BlockDevice {
+  /** Bytes; a multiple of `blockSize`. */
+  size: number;
+  /** Unit of every request in bytes: 512 (default), 1024, 2048 or 4096. */
+  blockSize?: number;
+  read(request: ReadRequest): Answer;
+  /** Default: the device is read-only. */
+  write?(request: WriteRequest): Answer;
+  /** Makes what was answered before durable. Default: every write is, once it is answered. */
+  flush?(request: Request): Answer;
+  /** The extent's contents are not needed any more. */
+  discard?(request: Request): Answer;
+  /** The extent shall read as zeroes. Default: the kernel writes them. */
+  writeZeroes?(request: ZeroRequest): Answer;
+  /** Called once after the last request. */
+  close?(): void | Promise<void>;
+  /** `write` and `writeZeroes` look at `fua`. Default: `flush` is called after them. */
+  handlesFua?: boolean;
+  /** Most promises outstanding at a time, for each queue; further requests wait. Default: depth. */
+  maxConcurrent?: number;
+  /** A promise that takes longer is given up: its request gets ETIMEDOUT. Default: 30000. */
+  timeoutMs?: number;
+}
+
+/** One declared option. Values come as text from `--opt NAME=VALUE`, or as what they are. */
+export interface OptionSpec {
+  /** "size" takes 64M or 2048s and is a number of bytes; "path" is made absolute. */
+  type: "string" | "number" | "boolean" | "size" | "path";
+  /** One line for --help. */
+  description?: string;
+  default?: string | number | boolean;
+  /** It must be given. */
+  required?: boolean;
+}
+
+export type OptionSpecs = Record<string, OptionSpec>;
+
+type OptionValue<Spec extends OptionSpec> = Spec["type"] extends "number" | "size" ? number
+  : Spec["type"] extends "boolean" ? boolean
+  : string;
+
+/** What `open` gets for the options it declares. */
+export type OptionValues<Specs extends OptionSpecs> = {
+  readonly [Name in keyof Specs]: Specs[Name] extends { required: true } | {
+    default: string | number | boolean;
+  } ? OptionValue<Specs[Name]>
+    : OptionValue<Specs[Name]> | undefined;
+};
+
+/** A target with options, made anew for each device. */
+export interface TargetDefinition<
+  Specs extends OptionSpecs = OptionSpecs,
+  Shared = unknown,
+> {
+  options?: Specs;
+  /**
+   * Lets the device have several queues, each in a thread with an `open` of its own: called once,
+   * its result (structured-cloneable, such as a SharedArrayBuffer) goes to each of them. Default:
+   * one queue.
+   */
+  share?(options: OptionValues<Specs>): Shared | Promise<Shared>;
+  /** Called in the thread that serves. An error thrown here keeps the device from being made. */
+  open(options: OptionValues<Specs>, shared: Shared): BlockDevice | Promise<BlockDevice>;
+}
+
+/** Found on definitions also of another copy of this library. */
+const MARK = Symbol.for("ubd.target");
+
+/** What `defineTarget` returns: for `createDevice`, or a module's default export. */
+export interface Target {
+  readonly [MARK]: TargetDefinition;
+}
+
+/**
+ * Defines a block device.
+ *
+ * @param target a device, or a definition with options and an `open` that makes one.
+ *
+ * @example A device of 64 MiB in memory
+ * ```ts
+ * import { defineTarget } from "ubd";
+ *
+ * const disk = new Uint8Array(64 * 1024 ** 2);
+ *
+ * export default defineTarget({
+ *   size: disk.length,
+ *   read: ({ offset, length, buffer }) => buffer.set(disk.subarray(offset, offset + length)),
+ *   write: ({ offset, buffer }) => disk.set(buffer, offset),
+ * });
+ * ```
+ *
+ * @example With an option, for `ubd add ./zeroes.ts --opt size=1G`
+ * ```ts
+ * import { defineTarget } from "ubd";
+ *
+ * export default defineTarget({
+ *   options: { size: { type: "size", default: "64M", description: "size of the device" } },
+ *   open: ({ size }) => ({ size, read() {} }),
+ * });
+ * ```
+ */
+export function defineTarget(target: BlockDevice): Target;
+export function defineTarget<const Specs extends OptionSpecs, Shared>(
+  target: TargetDefinition<Specs, Shared>,
+): Target;
+export function defineTarget(target: BlockDevice | TargetDefinition): Target {
+  return { [MARK]: "open" in target ? target : { open: () => target } };
+}
+
+/**
+ * @param value what a module exports as its default: a `Target`, or what `defineTarget` takes.
+ * @throws {UsageError} it is neither.
+ */
+export function toDefinition(value: unknown, where: string): TargetDefinition {
+  const object = value as Partial<Target & BlockDevice & TargetDefinition> | null | undefined;
+  if (object?.[MARK]) return object[MARK];
+  if (typeof object?.open === "function") return object as TargetDefinition;
+  if (typeof object?.read === "function") return { open: () => object as BlockDevice };
+  throw new UsageError(
+    `${where} is no target: its default export must be defineTarget({ size, read ... })`,
+  );
+}
+
+/** The declared options, a line each, for --help. */
+export function describeOptions({ options = {} }: TargetDefinition): string[] {
+  return Object.entries(options).map(([name, spec]) => {
+    const usage = `--opt ${name}=${spec.type.toUpperCase()}`;
+    const more = spec.required
+      ? " (required)"
+      : spec.default === undefined
+      ? ""
+      : ` (default: ${spec.default})`;
+    return `  ${usage.padEnd(32)}  ${spec.description ?? ""}${more}`;
+  });
+}
+
+/**
+ * @param given by name: text to be parsed, or values of the declared type.
+ * @param directory what paths are relative to.
+ * @throws {UsageError} naming the option, and the ones there are.
+ */
+export function parseOptions(
+  { options = {} }: TargetDefinition,
+  given: Record<string, unknown>,
+  directory: string,
+): Record<string, string | number | boolean | undefined> {
+  const names = Object.keys(options);
+  const unknown = Object.keys(given).find((name) => !Object.hasOwn(options, name));
+  if (unknown !== undefined) {
+    const known = names.length > 0 ? `there are ${names.join(", ")}` : "this target has none";
+    throw new UsageError(`Option "${unknown}": ${known}`);
+  }
+  return Object.fromEntries(
+    Object.entries(options).map(([name, spec]) => {
+      const value = given[name] ?? spec.default;
+      if (value === undefined && spec.required) {
+        throw new UsageError(
+          `Option "${name}" is missing: --opt ${name}=${spec.type.toUpperCase()}`,
+        );
+      }
+      return [name, value === undefined ? undefined : parseOption(name, spec, value, directory)];
+    }),
+  );
+}
+
+function parseOption(name: string, { type }: OptionSpec, value: unknown, directory: string) {
+  const text = String(value);
+  const wrong = (wanted: string) => new UsageError(`Option "${name}" is "${text}": say ${wanted}`);
+  switch (type) {
+    case "size":
+      return typeof value === "number" ? value : parseSize(text, `Option "${name}":`);
+    case "number":
+      if (text.trim() === "" || !Number.isFinite(Number(text))) throw wrong("a number");
+      return Number(text);
+    case "boolean":
+      if (["true", "1", "yes"].includes(text)) return true;
+      if (["false", "0", "no"].includes(text)) return false;
+      throw wrong("true or false");
+    case "path":
+      return isAbsolute(text) ? text : resolve(directory, text);
+    case "string":
+      return text;
+  }
+}
+
+/**
+ * Opens a target in the thread that serves it.
+ *
+ * @param shared what the first queue's thread got from `share`; there: undefined.
+ * @throws {UsageError} a device without a valid size or function; whatever `open` throws.
+ */
+export async function openDefinition(
+  definition: TargetDefinition,
+  options: Record<string, unknown>,
+  shared: unknown,
+): Promise<ServedTarget> {
+  const values = options as OptionValues<OptionSpecs>;
+  shared ??= await definition.share?.(values);
+  const device = await definition.open(values, shared);
+  checkDevice(device);
+  const { size, blockSize = 512 } = device;
+  const readOnly = !device.write;
+  return {
+    description: {
+      limits: {
+        sizeBytes: size,
+        blockBytes: blockSize,
+        physicalBlockBytes: Math.max(blockSize, 4096),
+        readOnly,
+        volatileCache: !readOnly && device.flush !== undefined,
+        discardBytes: !readOnly && device.discard ? blockSize : 0,
+        writeZeroes: !readOnly && device.writeZeroes !== undefined,
+      },
+      ...(!definition.share && { queuesMax: 1 }),
+      shared,
+    },
+    handler: (context) => new FunctionHandler(device, context),
+    close: () => device.close?.(),
+  };
+}
+
+function checkDevice(device: BlockDevice): void {
+  for (const name of ["read", "write", "flush", "discard", "writeZeroes", "close"] as const) {
+    const value: unknown = device?.[name];
+    if (typeof value === "function" || (value === undefined && name !== "read")) continue;
+    throw new UsageError(`A target's ${name} must be a function, not ${typeof value}`);
+  }
+  if (typeof device.size !== "number") {
+    throw new UsageError(`A target's size must be its bytes, not ${typeof device.size}`);
+  }
+  for (const name of ["maxConcurrent", "timeoutMs"] as const) {
+    const value = device[name];
+    if (value !== undefined && !(Number.isInteger(value) && value > 0)) {
+      throw new UsageError(`A target's ${name} must be a whole number above 0, not ${value}`);
+    }
+  }
+}
