@@ -17,6 +17,7 @@ import { defineDel } from "./del.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure } from "./exit.ts";
 import { defineList } from "./list.ts";
 import { defineRecover } from "./recover.ts";
+import { defineResize } from "./resize.ts";
 import { ReportedError, runServer, SERVE_VERB } from "./server.ts";
 
 function defineProgram(): Command {
@@ -29,6 +30,7 @@ function defineProgram(): Command {
     .showSuggestionAfterError();
   defineAdd(program);
   defineDel(program);
+  defineResize(program);
   defineRecover(program);
   defineList(program);
   program.command("version")

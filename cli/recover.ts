@@ -3,11 +3,11 @@
 
 import type { Command } from "commander";
 import { Control } from "../core/control.ts";
-import { UblkError, UsageError } from "../core/error.ts";
+import { UblkError } from "../core/error.ts";
 import { readState } from "../core/state.ts";
 import { show } from "./add.ts";
 import { type ServerSpec, startServer } from "./server.ts";
-import { parseDeviceId, parseInteger } from "./size.ts";
+import { oneDeviceId, parseDeviceId, parseInteger } from "./size.ts";
 
 export function defineRecover(program: Command): void {
   program.command("recover")
@@ -25,26 +25,24 @@ async function recover(
   device: number | undefined,
   { number, json }: { number?: number; json?: boolean },
 ): Promise<void> {
-  const id = device ?? number;
-  if (id === undefined) throw new UsageError("Which device? ubd recover -n ID");
-  if (device !== undefined && number !== undefined) throw new UsageError("Name the device once");
-  const state = await knownState(id);
+  const id = oneDeviceId("recover", device, number);
+  using control = await Control.open();
+  const state = await knownState(control, id, "recover");
   await show(await startServer({ ...state.spec as ServerSpec, recover: id }), {
     json: json ?? false,
   });
 }
 
 /** @throws {UblkError} ENODEV: no such device; ENOENT: nobody knows what it served. */
-async function knownState(id: number) {
-  using control = await Control.open();
+export async function knownState(control: Control, id: number, operation: string) {
   await control.getDeviceInfo(id);
   const state = readState(id);
   if (state) return state;
   throw new UblkError({
     errno: "ENOENT",
-    operation: "recover",
+    operation,
     device: id,
-    hint:
-      "its state file is gone, so what it served is not known: ubd del -n ID, then add it again",
+    hint: "it has no state file, so what it serves is not known: it is another program's, or " +
+      "ubd del -n ID and add it again",
   });
 }

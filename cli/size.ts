@@ -1,9 +1,35 @@
 // SPDX-License-Identifier: MIT
 /** Device ids as people type them, and the sizes and numbers of core/size.ts. @module */
 
+import { UsageError } from "../core/error.ts";
 import { parseInteger } from "../core/size.ts";
 
 export { formatSize, parseInteger, parseSize } from "../core/size.ts";
+
+/** As many as the kernel can be built for. */
+const CPUS_MAX = 8192;
+
+/** "[0,2]" as `ublk` has it, "0,2", or ranges as the kernel prints them: "0-3,8". */
+export function parseCpus(text: string): number[] {
+  const [, list] = /^\[?\s*([\d\s,-]+?)\s*\]?$/.exec(text.trim()) ?? [];
+  const cpus = list?.split(",").flatMap((part) => {
+    const [, from, to = from] = /^\s*(\d+)(?:-(\d+))?\s*$/.exec(part) ?? [];
+    const [first, last] = [Number(from), Number(to)];
+    if (from === undefined || last < first || last >= CPUS_MAX) return [NaN];
+    return Array.from({ length: last - first + 1 }, (_, index) => first + index);
+  });
+  if (cpus !== undefined && !cpus.some(Number.isNaN)) return cpus;
+  throw new UsageError(`CPUs "${text}": say [0,2], 0,2 or 0-3; CPUs are below ${CPUS_MAX}`);
+}
+
+/** The device of a verb that takes one: as its argument, or with -n. */
+export function oneDeviceId(verb: string, device: number | undefined, number?: number): number {
+  if (device !== undefined && number !== undefined) throw new UsageError("Name the device once");
+  const id = device ?? number;
+  if (id === undefined) throw new UsageError(`Which device? ubd ${verb} -n ID`);
+  if (id < 0) throw new UsageError(`Device id ${id}: it must be 0 or more`);
+  return id;
+}
 
 /** "3", "ublkb3" or "/dev/ublkb3". */
 export function parseDeviceId(text: string): number {

@@ -13,6 +13,7 @@
  */
 
 import { existsSync } from "node:fs";
+import { release } from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
 import {
   chooseDialect,
@@ -23,7 +24,7 @@ import {
   QUEUE_ID_NONE,
 } from "../abi/dialect.ts";
 import { ERRNO } from "../abi/errno.ts";
-import { UBLK_PARAMS } from "../abi/ublk_cmd.ts";
+import { FEATURE_KERNEL, FEATURE_NAMES, UBLK_PARAMS, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { pack, unpack, type Unpacked, type Values } from "../abi/struct.ts";
 import { PAYLOAD_BYTES, PAYLOAD_COUNT, Shim } from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
@@ -38,6 +39,7 @@ const DEADLINE_MS: Partial<Record<ControlCommand, number>> = {
   START_DEV: 60_000,
   END_USER_RECOVERY: 60_000,
   STOP_DEV: 60_000,
+  TRY_STOP_DEV: 60_000,
   DEL_DEV: 30_000,
 };
 const DEADLINE_DEFAULT_MS = 15_000;
@@ -129,6 +131,11 @@ export class Control implements Disposable {
     return this.#features;
   }
 
+  /** @throws {UblkError} EOPNOTSUPP, by name: the running kernel lacks this feature. */
+  require(feature: bigint, operation: string, device?: number): void {
+    if (((this.#features ?? 0n) & feature) === 0n) throw lackError(feature, operation, device);
+  }
+
   /** Whether opcodes are ioctl-encoded: the queues' io commands must agree. */
   get ioctlEncoded(): boolean {
     return this.#ioctlEncoded;
@@ -166,6 +173,8 @@ export class Control implements Disposable {
   /**
    * Makes a device ready for a new server. The old one must have let go: the driver answers EBUSY
    * while its last reference to /dev/ublkcN lives, so this asks again for a while.
+   *
+   * @throws {UblkError} EINVAL: it was not added for recovery, or has been stopped.
    */
   async startUserRecovery(deviceId: number): Promise<void> {
     const deadline = performance.now() + RECOVERY_DEADLINE_MS;
@@ -175,6 +184,12 @@ export class Control implements Disposable {
       if (result !== -ERRNO.EBUSY || performance.now() > deadline) {
         throw UblkError.from(result, "START_USER_RECOVERY", { device: deviceId });
       }
+      // To the driver, a stopped device is as busy as one whose server still lives.
+      if ((await this.getDeviceInfo(deviceId)).state === UBLK_S_DEV_DEAD) {
+        const hint = "it has been stopped, and can only be deleted: ubd del -n ID";
+        const errno = "EINVAL";
+        throw new UblkError({ errno, operation: "START_USER_RECOVERY", device: deviceId, hint });
+      }
       await sleep(100);
     }
   }
@@ -182,6 +197,24 @@ export class Control implements Disposable {
   /** As startDevice, for a device that is being recovered. */
   async endUserRecovery(deviceId: number, pid: number): Promise<void> {
     await this.#command("END_USER_RECOVERY", { deviceId, data: pid });
+  }
+
+  /**
+   * Holds back new requests and cancels the FETCHes that wait for one. Those that carry a request
+   * are not cancelled, and fetch again after it: see Device.quiesce, which asks until all are.
+   */
+  async quiesceDevice(deviceId: number, timeoutMs: number): Promise<void> {
+    await this.#command("QUIESCE_DEV", { deviceId, data: timeoutMs });
+  }
+
+  /** The driver checks nothing but that the device is there. */
+  async updateSize(deviceId: number, sectors: number): Promise<void> {
+    await this.#command("UPDATE_SIZE", { deviceId, data: sectors });
+  }
+
+  /** As stopDevice, unless somebody has the block device open: EBUSY. */
+  async tryStopDevice(deviceId: number): Promise<void> {
+    await this.#command("TRY_STOP_DEV", { deviceId });
   }
 
   /** Ends when the queues have answered what is in flight, or the server is dead. */
@@ -196,7 +229,12 @@ export class Control implements Disposable {
 
   /** As deleteDevice, but the kernel does the waiting (6.9). */
   async deleteDeviceLater(deviceId: number): Promise<void> {
-    await this.#command("DEL_DEV_ASYNC", { deviceId });
+    const command = "DEL_DEV_ASYNC";
+    const result = this.#ioctlEncoded ? await this.#run(command, { deviceId }) : -ERRNO.EOPNOTSUPP;
+    if (result >= 0) return;
+    const hint = `kernel ${release()} lacks DEL_DEV_ASYNC (needs 6.9)`;
+    const lacks = result === -ERRNO.EOPNOTSUPP && { hint };
+    throw UblkError.from(result, command, { device: deviceId, ...lacks });
   }
 
   /**
@@ -290,6 +328,18 @@ export class Control implements Disposable {
       this.#waiting.delete(slot);
     }
   }
+}
+
+/** "kernel 6.12.90 lacks UPDATE_SIZE (needs 6.16)", for the lowest of these bits. */
+export function lackError(features: bigint, operation: string, device?: number): UblkError {
+  const [flag, name] = [...FEATURE_NAMES].find(([bit]) => bit & features) ?? [];
+  const needs = flag === undefined ? undefined : FEATURE_KERNEL.get(flag);
+  return new UblkError({
+    errno: "EOPNOTSUPP",
+    operation,
+    ...(device !== undefined && { device }),
+    hint: `kernel ${release()} lacks ${name ?? "a feature"} (needs ${needs ?? "a later one"})`,
+  });
 }
 
 function device({ deviceId }: CommandOptions): { device?: number } {

@@ -12,13 +12,12 @@
  */
 
 import { readFileSync } from "node:fs";
-import { release } from "node:os";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceInfo } from "../abi/dialect.ts";
 import { ERRNO, errnoName } from "../abi/errno.ts";
-import { FEATURE_KERNEL, FEATURE_NAMES } from "../abi/ublk_cmd.ts";
-import type { Control } from "./control.ts";
+import { FEATURE_NAMES, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
+import { type Control, lackError } from "./control.ts";
 import { UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
 import { SECTOR_BYTES } from "./queue.ts";
@@ -39,6 +38,9 @@ const QUEUE_BUFFER_BYTES_MAX = 4 * 1024 ** 3;
 /** How long udev may take to make the character device and let go of it. */
 const CHAR_DEVICE_DEADLINE_MS = 10_000;
 
+/** How long a server may take over the requests it has, when it is to let go. */
+const QUIESCE_DEADLINE_MS = 60_000;
+
 const O_RDWR = 2;
 
 /** What serving takes, be the device new or taken over. */
@@ -48,6 +50,11 @@ export interface RecoverOptions {
   /** URL of the module whose evaluation in a Worker serves a queue (targets/queue_thread.ts). */
   queueThreadEntry: string;
   log: (text: string) => void;
+}
+
+export interface TakeOverOptions extends RecoverOptions {
+  /** Throws when the device is another one by now: called when the driver has let us in. */
+  confirm?: () => void;
 }
 
 export interface DeviceOptions extends RecoverOptions {
@@ -160,10 +167,11 @@ export class Device {
    * @throws {UblkError} EBUSY: its server still lives, or lets go too slowly; EINVAL: it was not
    * added for recovery.
    */
-  static recover(control: Control, id: number, options: RecoverOptions): Promise<Device> {
+  static recover(control: Control, id: number, options: TakeOverOptions): Promise<Device> {
     return unwinding(options.log, async (undo) => {
       undo.push(() => options.target.close());
       await control.startUserRecovery(id);
+      options.confirm?.();
       checkpoint("recovery started");
       const info = await control.getDeviceInfo(id);
       const { basic } = await control.getParams(id);
@@ -179,6 +187,36 @@ export class Device {
       checkpoint("recovered");
       return await Device.#live(control, id, queues, options);
     });
+  }
+
+  /**
+   * Makes the server of a device that was added for recovery let go: it finishes what it has, new
+   * requests wait (or fail, if that is the device's mode), and the device is ready to be recovered.
+   *
+   * One QUIESCE_DEV cancels idle tags only; a tag that carries a request fetches again after it,
+   * and the server would wait there for ever. So it is repeated until the server is gone.
+   *
+   * @throws {UblkError} ETIMEDOUT: new requests wait until this is tried again, or the device is
+   * deleted.
+   */
+  static async quiesce(control: Control, id: number): Promise<void> {
+    const deadline = performance.now() + QUIESCE_DEADLINE_MS;
+    for (;;) {
+      const { state } = await control.getDeviceInfo(id);
+      if (state === UBLK_S_DEV_DEAD) {
+        const hint = "it is not LIVE: see ubd list";
+        throw new UblkError({ errno: "EINVAL", operation: "QUIESCE_DEV", device: id, hint });
+      }
+      if (state !== UBLK_S_DEV_LIVE) return;
+      if (performance.now() > deadline) {
+        const hint = "its server still has requests; requests since then wait: do it again, or " +
+          "ubd del --force";
+        throw new UblkError({ errno: "ETIMEDOUT", operation: "QUIESCE_DEV", device: id, hint });
+      }
+      await ignoring(["EBUSY", "EINTR"], control.quiesceDevice(id, 1000));
+      checkpoint("quiescing");
+      await sleep(20);
+    }
   }
 
   static async #live(
@@ -210,6 +248,17 @@ export class Device {
     await this.ended;
     this.letGo();
     await ignoring(["ENODEV"], this.#control.deleteDevice(this.info.id));
+  }
+
+  /** After `ended`, before `letGo`: true when it was quiesced, false when it was stopped. */
+  async isQuiesced(): Promise<boolean> {
+    try {
+      const { state } = await this.#control.getDeviceInfo(this.info.id);
+      return state !== UBLK_S_DEV_DEAD;
+    } catch (error) {
+      if (error instanceof UblkError && error.errno === "ENODEV") return false;
+      throw error;
+    }
   }
 
   /** Lets go of device and target after `ended`, so that whoever stopped it can delete it. */
@@ -288,6 +337,7 @@ async function attach(
       sqe128: dialect.sqe128,
       descriptorOffset: dialect.mmapOffset(queueId, pageBytes),
       descriptorBytes: dialect.mmapBytes(info.depth, pageBytes),
+      blockName: dialect.blockName(info.id),
     };
     const thread = options.target.startThread?.(queueId) ??
       startQueueThread(options.queueThreadEntry, target, queueId, shim, options.log);
@@ -311,13 +361,7 @@ async function attach(
 
 /** The driver drops flags it does not know, silently: a device must not promise less than asked. */
 function refuseLackingFeatures(lacking: bigint): void {
-  const [flag, name] = [...FEATURE_NAMES].find(([bit]) => bit & lacking) ?? [];
-  if (flag === undefined) return;
-  throw new UblkError({
-    errno: "EOPNOTSUPP",
-    operation: "ADD_DEV",
-    hint: `kernel ${release()} lacks ${name} (needs ${FEATURE_KERNEL.get(flag) ?? "a later one"})`,
-  });
+  if ([...FEATURE_NAMES.keys()].some((bit) => bit & lacking)) throw lackError(lacking, "ADD_DEV");
 }
 
 async function ignoring(errnos: string[], work: Promise<void>): Promise<void> {
@@ -397,6 +441,6 @@ function pageSize(): number {
 }
 
 /** UBD_DEBUG_EXIT=STEP: die at that step, so that tests can see what is left behind. */
-function checkpoint(step: string): void {
+export function checkpoint(step: string): void {
   if (process.env.UBD_DEBUG_EXIT === step) process.exit(70);
 }

@@ -121,6 +121,10 @@ const HINTS: Record<string, Record<string, string>> = {
     ENODEV: "ubd list shows all devices",
   },
   STOP_DEV: { ENODEV: "ubd list shows all devices" },
+  TRY_STOP_DEV: {
+    EBUSY: "somebody has the block device open: see fuser -v /dev/ublkbN",
+    ENODEV: "ubd list shows all devices",
+  },
   DEL_DEV: {
     ENODEV: "ubd list shows all devices",
     EINTR: "something still holds its character device open: see fuser /dev/ublkcN",

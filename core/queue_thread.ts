@@ -13,13 +13,20 @@
  * @module
  */
 
+import { readFileSync } from "node:fs";
 import { URL } from "node:url";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { type QueueConfig, Shim } from "../ffi/mod.ts";
 import { fromPlainError, type PlainError, toPlainError } from "./error.ts";
-import { Queue } from "./queue.ts";
+import { Queue, SECTOR_BYTES } from "./queue.ts";
 import { emptyStats } from "./stats.ts";
-import type { OpenTarget, RequestHandler, ServedTarget, TargetDescription } from "./target.ts";
+import type {
+  OpenTarget,
+  RequestHandler,
+  ServeContext,
+  ServedTarget,
+  TargetDescription,
+} from "./target.ts";
 
 type Log = (text: string) => void;
 
@@ -27,6 +34,12 @@ type Log = (text: string) => void;
 export interface TargetName {
   name: string;
   spec: unknown;
+}
+
+/** What a thread is told once there is a device. */
+export interface Assignment extends QueueConfig {
+  /** Of the device, as /sys/block has it. */
+  blockName: string;
 }
 
 export interface QueueThread {
@@ -37,7 +50,7 @@ export interface QueueThread {
   /** See core/stats.ts. */
   readonly stats: Float64Array;
   /** Serves this queue from now on. @returns the thread's kernel id, once its ring is set up. */
-  serve(config: QueueConfig): Promise<number>;
+  serve(config: Assignment): Promise<number>;
   /** Tells the target that the device is about to stop. */
   stopping(): void;
   /** Makes the thread leave now. For devices that never started. */
@@ -170,9 +183,9 @@ export function openHere(target: ServedTarget, shim: Shim, log: Log): OpenTarget
     let handler: RequestHandler | undefined;
     let abandoned = false;
     let wakeFd = -1;
-    const serve = async (config: QueueConfig) => {
+    const serve = async (config: Assignment) => {
       using queue = new Queue(shim, config, stats);
-      handler = target.handler({ depth: config.depth, ioBytesMax: config.ioBytesMax, log });
+      handler = target.handler(serveContext(config, log));
       started.resolve(shim.native.ubd_gettid());
       await queue.runOnEventLoop(handler, () => abandoned, logFailure(log));
     };
@@ -212,6 +225,10 @@ export function openHere(target: ServedTarget, shim: Shim, log: Log): OpenTarget
   };
 }
 
+function serveContext({ depth, ioBytesMax, blockName }: Assignment, log: Log): ServeContext {
+  return { depth, ioBytesMax, log, deviceBytes: () => blockDeviceBytes(blockName) };
+}
+
 const logFailure = (log: Log) => (error: unknown) =>
   log(`the target failed: ${(error as Error)?.stack ?? error}`);
 
@@ -232,7 +249,7 @@ export async function runQueueThread(
     send({ type: "log", text });
   };
   try {
-    const told = new Promise<QueueConfig | undefined>((resolve) =>
+    const told = new Promise<Assignment | undefined>((resolve) =>
       parentPort!.once("message", resolve)
     );
     const served = await prepare(target);
@@ -248,10 +265,10 @@ export async function runQueueThread(
     send({ type: "failed", error: toPlainError(error) });
   }
 
-  async function serveQueue(served: ServedTarget, config: QueueConfig): Promise<void> {
+  async function serveQueue(served: ServedTarget, config: Assignment): Promise<void> {
     const shim = new Shim(shimPath);
     using queue = new Queue(shim, config, stats);
-    const handler = served.handler({ depth: config.depth, ioBytesMax: config.ioBytesMax, log });
+    const handler = served.handler(serveContext(config, log));
     const woken = () => {
       if (Atomics.load(orders, 0) & STOPPING) handler.stopping?.();
       return (Atomics.load(orders, 0) & ABANDONED) !== 0;
@@ -259,5 +276,13 @@ export async function runQueueThread(
     send({ type: "started", tid: shim.native.ubd_gettid() });
     if (queue.run(handler, woken, logFailure(log))) return;
     await queue.runOnEventLoop(handler, woken, logFailure(log));
+  }
+}
+
+function blockDeviceBytes(name: string): number | undefined {
+  try {
+    return Number(readFileSync(`/sys/block/${name}/size`, "utf8")) * SECTOR_BYTES;
+  } catch {
+    return undefined;
   }
 }

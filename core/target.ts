@@ -93,6 +93,11 @@ export interface ServeContext {
   readonly ioBytesMax: number;
   /** Reports to the operator. Repeated texts are dropped. */
   readonly log: (message: string) => void;
+  /**
+   * The device's size as the kernel has it now, since `ubd resize` does not ask the server;
+   * undefined while the device starts. Reads a file: for rare cases, not for each request.
+   */
+  readonly deviceBytes: () => number | undefined;
 }
 
 /** One file of targets/ each. `Options` is plain JSON: it travels to the server process. */
@@ -100,5 +105,11 @@ export interface TargetType<Options = unknown, Spec = unknown> {
   readonly name: string;
   /** @throws {UblkError | UsageError} what is wrong with the backing or the options. */
   open(options: Options, context: OpenContext): OpenTarget & { readonly spec: Spec };
+  /**
+   * The device's size in bytes, were it opened now: for `ubd resize`, while it is being served.
+   *
+   * @throws {UblkError | UsageError} why it cannot have that size.
+   */
+  measure(options: Options, context: OpenContext): number;
   serve(spec: Spec, context: ServeContext): RequestHandler;
 }

@@ -61,6 +61,9 @@ interface LoopSpec {
   offsetBytes: number;
   /** Where the file's data ended when it was opened; behind it, reads are zeroes. */
   endBytes: number;
+  /** Size of the device when it was opened, and of its blocks. */
+  sizeBytes: number;
+  blockBytes: number;
   /** Without FLUSH from the driver, each change is made durable at once. */
   alwaysDurable: boolean;
 }
@@ -119,6 +122,8 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
           path,
           offsetBytes: extent.offsetBytes,
           endBytes: Math.min(backing.bytes, extent.offsetBytes + extent.sizeBytes),
+          sizeBytes: extent.sizeBytes,
+          blockBytes: extent.blockBytes,
           alwaysDurable: !context.hasVolatileCache,
         },
         close() {
@@ -131,6 +136,13 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
       native.ubd_close(backing.fd);
       throw error;
     }
+  },
+
+  measure(options, context) {
+    // Beside the server, which has the lock, and a block device for itself.
+    const backing = openBacking({ ...options, readOnly: true, force: true }, context);
+    context.shim.native.ubd_close(backing.fd);
+    return measure(options, backing).sizeBytes;
   },
 
   serve: (spec, context) => new LoopHandler(spec, context),
@@ -306,26 +318,29 @@ function measure(options: LoopOptions, backing: Backing) {
       `Cannot serve ${path}: ${available} bytes from offset ${offsetBytes} are less than a sector`,
     );
   }
-  const wanted = options.sizeBytes ?? available;
-  if (wanted > available) {
+  if (backing.isBlockDevice && options.sizeBytes === undefined && available % blockBytes) {
     throw new UsageError(
-      `Size ${wanted}: ${path} has ${available} bytes from offset ${offsetBytes} ` +
-        "(truncate -s makes it larger)",
+      `Block size ${blockBytes}: ${path} has ${available} bytes, no multiple of it`,
     );
   }
-  if (options.sizeBytes !== undefined && wanted % blockBytes) {
-    throw new UsageError(`Size ${wanted}: it must be a multiple of ${blockBytes} bytes`);
+  // A file need not fill the last block.
+  const sizeMax = backing.isBlockDevice
+    ? available
+    : Math.ceil(available / blockBytes) * blockBytes;
+  const sizeBytes = options.sizeBytes ?? sizeMax;
+  if (sizeBytes > sizeMax) {
+    throw new UsageError(
+      `Size ${sizeBytes}: ${path} has ${available} bytes from offset ${offsetBytes} ` +
+        `(truncate -s ${offsetBytes + sizeBytes} ${path} makes it larger)`,
+    );
   }
-  const sizeBytes = Math.ceil(wanted / blockBytes) * blockBytes;
-  if (sizeBytes !== wanted) {
-    if (backing.isBlockDevice) {
-      throw new UsageError(
-        `Block size ${blockBytes}: ${path} has ${wanted} bytes, no multiple of it`,
-      );
-    }
+  if (sizeBytes === 0 || sizeBytes % blockBytes) {
+    throw new UsageError(`Size ${sizeBytes}: it must be a multiple of ${blockBytes} bytes`);
+  }
+  if (sizeBytes > available) {
     notes.push(
       `the last block has ${
-        wanted % blockBytes
+        available % blockBytes
       } bytes of the file and reads as zeroes behind them` +
         (options.readOnly ? "" : "; writing it lets the file grow"),
     );
@@ -367,15 +382,17 @@ class LoopHandler implements RequestHandler {
   readonly #spec: LoopSpec;
   readonly #log: (text: string) => void;
   readonly #ioBytesMax: number;
+  readonly #deviceBytes: ServeContext["deviceBytes"];
   /** Bytes of the request that are done. */
   readonly #done: Float64Array;
   readonly #phase: Uint8Array;
   readonly #retries: Uint8Array;
 
-  constructor(spec: LoopSpec, { depth, ioBytesMax, log }: ServeContext) {
+  constructor(spec: LoopSpec, { depth, ioBytesMax, log, deviceBytes }: ServeContext) {
     this.#spec = spec;
     this.#log = log;
     this.#ioBytesMax = ioBytesMax;
+    this.#deviceBytes = deviceBytes;
     this.#done = new Float64Array(depth);
     this.#phase = new Uint8Array(depth);
     this.#retries = new Uint8Array(depth);
@@ -445,14 +462,24 @@ class LoopHandler implements RequestHandler {
     const done = this.#done[tag]! += result;
     const bytes = queue.bytes(tag);
     if (done === bytes) return queue.commit(tag, bytes);
-    const { offsetBytes, endBytes, path } = this.#spec;
-    if (offsetBytes + queue.offset(tag) + done >= endBytes) {
+    if (this.#isBehindFile(queue.offset(tag) + done)) {
       queue.fillZero(tag, done, bytes);
       return queue.commit(tag, bytes);
     }
     if (result > 0) return this.#begin(queue, tag);
-    this.#log(`${path} was cut short while in use: reads behind its new end fail`);
+    this.#log(`${this.#spec.path} was cut short while in use: reads behind its new end fail`);
     queue.commit(tag, -ERRNO.EIO);
+  }
+
+  /**
+   * Whether a read that ends at this offset may have met the end of the file: it lies in the
+   * device's last block, which the file need not fill. A resized device has another last block.
+   */
+  #isBehindFile(offset: number): boolean {
+    const { offsetBytes, endBytes, sizeBytes, blockBytes } = this.#spec;
+    const sizeNow = this.#deviceBytes() ?? sizeBytes;
+    if (sizeNow === sizeBytes) return offsetBytes + offset >= endBytes;
+    return offset > sizeNow - blockBytes;
   }
 
   #wrote(queue: Queue, tag: number, result: number): void {

@@ -7,6 +7,7 @@
  */
 
 import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
+import { UsageError } from "../core/error.ts";
 import type { TargetType } from "../core/target.ts";
 
 export const NULL_SIZE_DEFAULT = 250 * 1024 ** 3;
@@ -35,6 +36,16 @@ export const nullTarget: TargetType<NullOptions, null> = {
       spec: null,
       close() {},
     };
+  },
+
+  measure({ sizeBytes, blockBytes = 512 }) {
+    if (sizeBytes === undefined) {
+      throw new UsageError("Which size? null has no file to follow: ubd resize -n ID SIZE");
+    }
+    if (sizeBytes === 0 || sizeBytes % blockBytes) {
+      throw new UsageError(`Size ${sizeBytes}: it must be a multiple of ${blockBytes} bytes`);
+    }
+    return sizeBytes;
   },
 
   serve() {

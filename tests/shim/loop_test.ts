@@ -165,17 +165,19 @@ interface ServeOptions {
   depth?: number;
   onResult?: (result: number) => number;
   logs?: string[];
+  /** The device's size by now. */
+  deviceBytes?: number;
 }
 
 /** Has `requests` served by a loop handler made from `spec`. */
 function serveSpec(spec: unknown, requests: Request[], options: ServeOptions = {}): BlockLayer {
-  const { depth = 1, logs = [] } = options;
+  const { depth = 1, logs = [], deviceBytes } = options;
   const layer = new BlockLayer(requests);
   if (options.onResult) layer.onResult = options.onResult;
   const log = (text: string) => void logs.push(text);
   const handler: RequestHandler = loopTarget.serve(
     spec as Parameters<typeof loopTarget.serve>[0],
-    { depth, ioBytesMax: IO_BYTES, log },
+    { depth, ioBytesMax: IO_BYTES, log, deviceBytes: () => deviceBytes },
   );
   const wakeFd = shim.native.ubd_eventfd(0);
   try {
@@ -292,6 +294,30 @@ for (const [mode, options] of MODES) {
       ], { logs });
       assert.deepStrictEqual(results(answers), [-EIO, -EIO, 4096]);
       assert.match(logs[0]!, /was cut short while in use/);
+    });
+  });
+
+  test(`loop (${mode}) knows the end of a device that was resized since`, () => {
+    const file = image(4096 + 100);
+    withTarget(file, options, (target) => {
+      const read = { op: READ, sector: 8, sectors: 1 };
+      const last = { op: READ, sector: 7, sectors: 1 };
+      for (const [fileBytes, result] of [[3600, 512], [3584, -EIO]] as const) {
+        truncateSync(file, fileBytes);
+        assert.deepStrictEqual(results(serve(target, [last], { deviceBytes: 4096 })), [result]);
+      }
+      writeFileSync(file, pattern(8192 + 100));
+      const grown = serve(target, [
+        { op: READ, sector: 15, sectors: 2 },
+        { op: READ, sector: 7, sectors: 4 },
+      ], { deviceBytes: 8192 + 512 });
+      assert.deepStrictEqual(results(grown), [1024, 2048]);
+      const expected = Buffer.alloc(1024);
+      pattern(8192 + 100).copy(expected, 0, 15 * 512);
+      assert.deepStrictEqual(Buffer.from(grown[0]!.data), expected);
+      truncateSync(file, 4096 + 300);
+      const cut = serve(target, [read], { deviceBytes: 8192 + 512 });
+      assert.deepStrictEqual(results(cut), [-EIO]);
     });
   });
 
@@ -495,6 +521,21 @@ test("loop tries again after EINTR and EAGAIN, and gives up with EIO", () => {
   });
 });
 
+test("loop measures its file as it is now, beside the server that has locked it", () => {
+  const file = image(4096 + 100);
+  withTarget(file, {}, () => {
+    const measure = (sizeBytes?: number) =>
+      loopTarget.measure({ file, ...(sizeBytes !== undefined && { sizeBytes }) }, CONTEXT);
+    assert.strictEqual(measure(), 4096 + 512);
+    assert.strictEqual(measure(4096 + 512), 4096 + 512);
+    assert.throws(() => measure(8192), /has 4196 bytes.*truncate -s 8192/);
+    assert.throws(() => measure(0), UsageError);
+    assert.throws(() => measure(1000), /multiple of 512/);
+    truncateSync(file, 8192);
+    assert.strictEqual(measure(), 8192);
+  });
+});
+
 test("loop passes on the backing's error, and says so", () => {
   const full = shim.open("/dev/full", 2);
   const spec = {
@@ -502,6 +543,8 @@ test("loop passes on the backing's error, and says so", () => {
     path: "/dev/full",
     offsetBytes: 0,
     endBytes: 1 << 20,
+    sizeBytes: 1 << 20,
+    blockBytes: 512,
     alwaysDurable: false,
   };
   const logs: string[] = [];

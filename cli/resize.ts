@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MIT
+/**
+ * `ubd resize`: changes the size of a device in use.
+ *
+ * One command to the driver is all: there is nothing to undo, and no server to tell. Its next
+ * server takes the size from the driver, and this one looks there when it must know
+ * (ServeContext.deviceBytes).
+ * @module
+ */
+
+import process from "node:process";
+import type { Command } from "commander";
+import { UBLK_F_UPDATE_SIZE, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
+import { Control } from "../core/control.ts";
+import { UblkError, UsageError } from "../core/error.ts";
+import { SECTOR_BYTES } from "../core/queue.ts";
+import { findTarget } from "../targets/mod.ts";
+import { knownState } from "./recover.ts";
+import type { ServerSpec } from "./server.ts";
+import { formatSize, oneDeviceId, parseDeviceId, parseInteger, parseSize } from "./size.ts";
+
+interface ResizeOptions {
+  number?: number;
+  force?: boolean;
+  json?: boolean;
+}
+
+export function defineResize(program: Command): void {
+  program.command("resize")
+    .summary("change the size of a device in use")
+    .description(
+      "Changes the size of a device, mounted or not. Without a size, loop follows its file.\n\n" +
+        "  truncate -s 2G disk.img; ubd resize -n 0\n" +
+        "  resize2fs /dev/ublkb0     the file system is a matter of its own",
+    )
+    .argument("[device]", "id, or path such as /dev/ublkb0; or -n")
+    .argument("[size]", "the new size, such as 2G; default: what the file has")
+    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .option("--force", "also make it smaller: what lies behind the new end is out of reach")
+    .action(resize);
+}
+
+async function resize(
+  first: string | undefined,
+  second: string | undefined,
+  { number, force, json }: ResizeOptions,
+): Promise<void> {
+  const [device, size] = number === undefined ? [first, second] : [undefined, first];
+  if (number !== undefined && second !== undefined) throw new UsageError("Name the device once");
+  const id = oneDeviceId(
+    "resize",
+    device === undefined ? undefined : parseDeviceId(device),
+    number,
+  );
+  const wanted = size === undefined ? undefined : parseSize(size, "Size");
+
+  using control = await Control.open();
+  const { spec } = await knownState(control, id, "resize");
+  control.require(UBLK_F_UPDATE_SIZE, "UPDATE_SIZE", id);
+  // Kernels before 7.0 fall over a device that was never started.
+  if ((await control.getDeviceInfo(id)).state === UBLK_S_DEV_DEAD) {
+    const hint = "it is not LIVE: see ubd list";
+    throw new UblkError({ errno: "EINVAL", operation: "UPDATE_SIZE", device: id, hint });
+  }
+  const before = Number((await control.getParams(id)).basic.dev_sectors) * SECTOR_BYTES;
+  const { name, options } = (spec as ServerSpec).target;
+  const { sizeBytes: _, ...rest } = options;
+  const sizeBytes = findTarget(name).measure(
+    wanted === undefined ? rest : { ...rest, sizeBytes: wanted },
+    { shim: control.shim, hasVolatileCache: control.dialect.hasVolatileCache },
+  );
+  if (sizeBytes < before && !force) {
+    throw new UsageError(
+      `Size ${sizeBytes}: device ${id} has ${before} bytes. Make what is on it smaller first, ` +
+        "then add --force",
+    );
+  }
+  await control.updateSize(id, sizeBytes / SECTOR_BYTES);
+  const path = control.dialect.blockPath(id);
+  if (json) console.log(JSON.stringify({ id, path, sizeBytes, before }));
+  else {
+    const [now, then] = [formatSize(sizeBytes), formatSize(before)];
+    process.stderr.write(`ubd: ${path} has ${now}${now === then ? "" : `, before ${then}`}\n`);
+  }
+}
