@@ -36,6 +36,8 @@ interface AddOptions {
   opt?: Record<string, string>;
   foreground?: boolean;
   recovery?: RecoveryMode;
+  supervise?: boolean;
+  partscan: boolean;
   uring_comp?: boolean;
   need_get_data?: boolean;
   user_recovery?: boolean;
@@ -120,6 +122,10 @@ export function defineAdd(program: Command): void {
       option("--recovery [mode]", "outlive the server: wait, reissue or fail (ubd recover)", DEVICE)
         .preset("reissue").argParser(parseRecovery),
     )
+    .addOption(
+      option("--supervise", "start the server again when it dies; implies --recovery", DEVICE),
+    )
+    .addOption(option("--no-partscan", "do not look for partitions", DEVICE))
     .addOption(option("--foreground", "serve here until Ctrl-C, then delete the device", DEVICE))
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
     .addOption(option("-f, --file <path>", "loop: the file or block device", TARGET))
@@ -217,10 +223,14 @@ function toSpec(
     depth: options.depth,
     ioBytesMax: options.maxIoSize,
     compInTask: options.uring_comp ?? false,
+    noPartScan: !options.partscan,
   };
   checkOptions(device);
   if (options.need_get_data) {
     throw new UsageError("-g 1: ubd does not support NEED_GET_DATA yet; leave it out");
+  }
+  if (options.supervise && options.foreground) {
+    throw new UsageError("--supervise is for servers in the background: leave out --foreground");
   }
   const recovery = toRecovery(options);
   const common = {
@@ -273,12 +283,13 @@ function toSpec(
 }
 
 /** Our option, or the switches of `ublk`, of which reissue and fail each imply recovery. */
-function toRecovery(options: AddOptions): Pick<ServerSpec, "recovery"> {
+function toRecovery(options: AddOptions): Pick<ServerSpec, "recovery" | "supervise"> {
   const { user_recovery: wait, user_recovery_reissue: reissue, user_recovery_fail_io: fail } =
     options;
   if (reissue && fail) throw new UsageError("-i 1 and -e 1 exclude each other");
   const recovery = options.recovery ??
     (reissue ? "reissue" : fail ? "fail" : wait ? "wait" : undefined);
+  if (options.supervise) return { recovery: recovery ?? "reissue", supervise: true };
   return recovery ? { recovery } : {};
 }
 

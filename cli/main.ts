@@ -16,6 +16,7 @@ import { defineAdd, targetHelp } from "./add.ts";
 import { defineDel } from "./del.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure } from "./exit.ts";
 import { defineList } from "./list.ts";
+import { defineQuiesce, defineUpgrade } from "./quiesce.ts";
 import { defineRecover } from "./recover.ts";
 import { defineResize } from "./resize.ts";
 import { ReportedError, runServer, SERVE_VERB } from "./server.ts";
@@ -32,6 +33,8 @@ function defineProgram(): Command {
   defineDel(program);
   defineResize(program);
   defineRecover(program);
+  defineQuiesce(program);
+  defineUpgrade(program);
   defineList(program);
   program.command("version")
     .summary("show versions")

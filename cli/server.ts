@@ -9,13 +9,15 @@
  * @module
  */
 
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import { appendFileSync } from "node:fs";
 import { text } from "node:stream/consumers";
 import { createInterface } from "node:readline";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import {
+  UBLK_F_NO_AUTO_PART_SCAN,
+  UBLK_F_QUIESCE,
   UBLK_F_URING_CMD_COMP_IN_TASK,
   UBLK_F_USER_RECOVERY,
   UBLK_F_USER_RECOVERY_FAIL_IO,
@@ -24,23 +26,32 @@ import {
 import { Control } from "../core/control.ts";
 import { Device, type DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
+import { SECTOR_BYTES } from "../core/queue.ts";
 import { openInThread } from "../core/queue_thread.ts";
 import type { OpenTarget } from "../core/target.ts";
-import { removeState, writeState } from "../core/state.ts";
+import { readState, removeState, writeState } from "../core/state.ts";
 import { rerunArguments, Shim } from "../ffi/mod.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import type { ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
 import { EXIT, type Failure, toFailure } from "./exit.ts";
+import { supervise } from "./supervise.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
-  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax"> & { compInTask: boolean };
+  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax"> & {
+    compInTask: boolean;
+    noPartScan: boolean;
+  };
   target: { name: string; options: Record<string, unknown> };
   /** What becomes of I/O when the server dies; undefined: it fails and the device is DEAD. */
   recovery?: RecoveryMode;
+  /** A process of its own starts the server again when it dies. */
+  supervise?: boolean;
   /** Take over this device instead of adding one. */
   recover?: number;
+  /** Id of the process that supervises this server; undefined: it is still to be started. */
+  supervisor?: number;
 }
 
 /**
@@ -66,7 +77,7 @@ export interface Live {
   notes: readonly string[];
 }
 
-type Answer =
+export type Answer =
   | { type: "added"; id: number }
   | { type: "live"; live: Live }
   | { type: "failed"; failure: Failure };
@@ -107,26 +118,42 @@ export async function serve(
 
   using control = await Control.open();
   const { name: targetName } = spec.target;
+  const { recover, supervisor, ...lasting } = spec;
+  const { compInTask, noPartScan, ...options } = spec.device;
+  const predecessor = recover === undefined ? undefined : readState(recover)?.pid;
   const target = await openTarget(control, spec, log);
   const served = { targetName, target, queueThreadEntry, log };
-  const { recover, ...lasting } = spec;
-  const { compInTask, ...options } = spec.device;
   const device = recover === undefined
     ? await Device.create(control, {
       ...served,
       ...options,
       flags: (compInTask ? UBLK_F_URING_CMD_COMP_IN_TASK : 0n) |
-        (spec.recovery ? RECOVERY_FLAGS[spec.recovery] : 0n),
+        (noPartScan ? UBLK_F_NO_AUTO_PART_SCAN : 0n) |
+        (spec.recovery ? RECOVERY_FLAGS[spec.recovery] | quiescible(control) : 0n),
       onAdded,
     })
-    : await Device.recover(control, recover, served);
+    : await Device.recover(control, recover, {
+      ...served,
+      confirm() {
+        // Patience may have outlasted the device, and another one may have its id.
+        if (readState(recover)?.pid === predecessor) return;
+        const hint = "another server has taken it over, or it is another device: see ubd list";
+        throw new UblkError({ errno: "EBUSY", operation: "recover", device: recover, hint });
+      },
+    });
   const { id } = device.info;
   const notes = [...target.notes];
   if (device.info.queues < options.queues) {
     notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);
   }
   const facts = { name: targetName, dev_size: target.limits.sizeBytes, ...target.facts };
-  const state = { pid: process.pid, target: facts, queues: [...device.queues], spec: lasting };
+  const state = {
+    pid: process.pid,
+    ...(supervisor !== undefined && { supervisor }),
+    target: facts,
+    queues: [...device.queues],
+    spec: lasting,
+  };
   try {
     writeState(id, state);
   } catch (error) {
@@ -137,9 +164,11 @@ export async function serve(
   try {
     onLive({ id, path: device.path, notes });
     const end = await Promise.race([device.ended, stopOrdered.promise]);
+    const quiesced = end !== "signal" && await device.isQuiesced();
     if (end === "signal") await device.stop();
     else device.letGo();
-    removeState(id, process.pid);
+    // The next server needs it.
+    if (!quiesced) removeState(id, process.pid);
   } catch (error) {
     // The driver must not wait for a server that cannot go on: this process ends, and with it
     // every request fails, or waits for the next server, which needs the state.
@@ -149,18 +178,32 @@ export async function serve(
   }
 }
 
-/** In recovery, the kernel may still be letting go of what the old server had locked. */
+/** A device that a server may leave can also be told to be left, where the kernel knows how. */
+function quiescible({ features = 0n }: Control): bigint {
+  return features & UBLK_F_QUIESCE;
+}
+
+/**
+ * In recovery, the kernel may still be letting go of what the old server had locked, and it knows
+ * the device's size: that may have changed since it was added.
+ */
 async function openTarget(
-  { dialect, shim }: Control,
+  control: Control,
   spec: ServerSpec,
   log: (text: string) => void,
 ): Promise<OpenTarget> {
-  const { name, options } = spec.target;
+  const { dialect, shim } = control;
+  const { name } = spec.target;
   if (isDefined(name)) {
+    const { options } = spec.target;
     const { file, options: given } = options as Partial<ModuleSpec>;
     const facts = { ...(file && { module: file }), ...given } as OpenTarget["facts"];
     return await openInThread(queueThreadEntry, { name, spec: options }, facts, shim, log);
   }
+  const options = spec.recover === undefined ? spec.target.options : {
+    ...spec.target.options,
+    sizeBytes: Number((await control.getParams(spec.recover)).basic.dev_sectors) * SECTOR_BYTES,
+  };
   const context = { shim, hasVolatileCache: dialect.hasVolatileCache };
   const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
   for (;;) {
@@ -182,6 +225,7 @@ export async function runServer(): Promise<number> {
   process.stdout.on("error", () => {});
   process.stderr.on("error", () => {});
   try {
+    if (spec.supervise && spec.supervisor === undefined) return await supervise(spec, answer);
     await serve(spec, {
       daemon: true,
       log: logToKernel,
@@ -197,7 +241,7 @@ export async function runServer(): Promise<number> {
 }
 
 /** A daemon has no terminal; the kernel's log is where people look after a disk misbehaves. */
-function logToKernel(message: string): void {
+export function logToKernel(message: string): void {
   try {
     appendFileSync("/dev/kmsg", `ubd[${process.pid}]: ${message.replaceAll("\n", " | ")}\n`);
   } catch { /* no permission: nobody to tell */ }
@@ -209,6 +253,16 @@ function logToKernel(message: string): void {
  * @throws {ReportedError} what the server said. @throws {UblkError} it died without a word.
  */
 export async function startServer(spec: ServerSpec): Promise<Live> {
+  const { live, child } = await spawnServer(spec, () => {});
+  child.unref();
+  return live;
+}
+
+/** As startServer, for a caller that stays. @param onAdded told of a new device's id. */
+export async function spawnServer(
+  spec: ServerSpec,
+  onAdded: (id: number) => void,
+): Promise<{ live: Live; child: ChildProcess }> {
   // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
   new Shim().native.ubd_close_on_exec();
   const child = spawn(process.execPath, [...rerunArguments(), SERVE_VERB], {
@@ -238,6 +292,7 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
       const message = JSON.parse(line) as Answer;
       if (message.type !== "added") return message;
       added = message.id;
+      onAdded(added);
     }
     return undefined;
   })();
@@ -245,8 +300,9 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
   if (outcome?.type === "live" && !interrupted) {
     child.stdout.destroy();
     child.stderr.destroy();
-    child.unref();
-    return outcome.live;
+    process.off("SIGINT", interrupt);
+    process.off("SIGTERM", interrupt);
+    return { live: outcome.live, child };
   }
   await died.promise;
   // Only one that died without a word: whoever undid its work may see the id in other hands now.
@@ -264,7 +320,7 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
 }
 
 /** A server that failed has undone what it did; one that was killed has not. */
-async function deleteLeftover(id: number): Promise<void> {
+export async function deleteLeftover(id: number): Promise<void> {
   using control = await Control.open();
   try {
     await control.stopDevice(id);

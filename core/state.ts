@@ -19,18 +19,20 @@ export interface DeviceState {
   version: number;
   /** Process that serves the device. */
   pid: number;
+  /** Process that starts the server again when it dies, if there is one. */
+  supervisor?: number;
   target: Record<string, string | number | boolean>;
   queues: QueueFacts[];
   /** What the server was told, for the next one: cli/server.ts knows its form. */
   spec: unknown;
 }
 
-function stateDirectory(): string {
+export function stateDirectory(): string {
   const user = process.getuid!() === 0 ? undefined : process.env.XDG_RUNTIME_DIR;
   return join(user ?? "/run", "ubd");
 }
 
-function statePath(id: number): string {
+export function statePath(id: number): string {
   return join(stateDirectory(), `${id}.json`);
 }
 

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MIT
+/** `ubd quiesce` and `ubd upgrade`: the server lets go of a device that stays. @module */
+
+import process from "node:process";
+import type { Command } from "commander";
+import {
+  UBLK_F_QUIESCE,
+  UBLK_F_USER_RECOVERY,
+  UBLK_F_USER_RECOVERY_FAIL_IO,
+} from "../abi/ublk_cmd.ts";
+import { Control } from "../core/control.ts";
+import { Device } from "../core/device.ts";
+import { UblkError } from "../core/error.ts";
+import { show } from "./add.ts";
+import { knownState } from "./recover.ts";
+import { type ServerSpec, startServer } from "./server.ts";
+import { oneDeviceId, parseDeviceId, parseInteger } from "./size.ts";
+
+interface QuiesceOptions {
+  number?: number;
+  force?: boolean;
+  json?: boolean;
+}
+
+export function defineQuiesce(program: Command): void {
+  program.command("quiesce")
+    .summary("make a device's server let go, and the device wait for another")
+    .description(
+      "Makes the server finish what it is doing and end. The device, its mounts and its id stay; " +
+        "new requests wait until ubd recover. Needs --recovery when the device was added.",
+    )
+    .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
+    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .action(quiesce);
+}
+
+export function defineUpgrade(program: Command): void {
+  program.command("upgrade")
+    .summary("hand a device to a server of this version")
+    .description(
+      "Makes the server finish what it is doing and end, and starts a new one from the program " +
+        "that you run, with what the old one was told. I/O waits meanwhile and sees no error.",
+    )
+    .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
+    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .option("--force", "even with --recovery=fail: I/O fails meanwhile")
+    .action(upgrade);
+}
+
+async function quiesce(device: number | undefined, options: QuiesceOptions): Promise<void> {
+  const id = oneDeviceId("quiesce", device, options.number);
+  using control = await Control.open();
+  await refuseUnquiescible(control, id);
+  await Device.quiesce(control, id);
+  if (options.json) console.log(JSON.stringify({ quiesced: id }));
+  else process.stderr.write(`ubd: device ${id} waits for a server: ubd recover -n ${id}\n`);
+}
+
+async function upgrade(device: number | undefined, options: QuiesceOptions): Promise<void> {
+  const id = oneDeviceId("upgrade", device, options.number);
+  using control = await Control.open();
+  const { spec } = await knownState(control, id, "upgrade");
+  const flags = await refuseUnquiescible(control, id);
+  if ((flags & UBLK_F_USER_RECOVERY_FAIL_IO) !== 0n && !options.force) {
+    const hint = "it was added with --recovery=fail, so I/O fails meanwhile; add --force to accept";
+    throw new UblkError({ errno: "EBUSY", operation: "upgrade", device: id, hint });
+  }
+  await Device.quiesce(control, id);
+  await show(await startServer({ ...spec as ServerSpec, recover: id }), options);
+}
+
+/** @returns the device's flags. @throws {UblkError} what device or kernel lacks. */
+async function refuseUnquiescible(control: Control, id: number): Promise<bigint> {
+  const { flags } = await control.getDeviceInfo(id);
+  const recoverable = (flags & UBLK_F_USER_RECOVERY) !== 0n;
+  if (recoverable) control.require(UBLK_F_QUIESCE, "QUIESCE_DEV", id);
+  if (recoverable && (flags & UBLK_F_QUIESCE) !== 0n) return flags;
+  throw new UblkError({
+    errno: "EOPNOTSUPP",
+    operation: "QUIESCE_DEV",
+    device: id,
+    hint: "it was added without " + (recoverable ? "UBLK_F_QUIESCE" : "--recovery") +
+      ": delete it and add it again",
+  });
+}

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+/**
+ * `ubd add --supervise`: the process that stays when the server starts, and starts it again.
+ *
+ * It only waits for its child. A server that ends by itself with success was stopped, deleted or
+ * quiesced on purpose, and the supervisor ends too. One that dies is replaced by a new one that
+ * recovers the device, ever later; after some deaths in a row nobody serves it any more, which
+ * the kernel's log and `ubd list` say. Without the supervisor the server goes on.
+ * @module
+ */
+
+import type { ChildProcess } from "node:child_process";
+import process from "node:process";
+import { setTimeout as sleep } from "node:timers/promises";
+import { readState, removeState } from "../core/state.ts";
+import { EXIT } from "./exit.ts";
+import {
+  type Answer,
+  deleteLeftover,
+  logToKernel,
+  type ServerSpec,
+  spawnServer,
+} from "./server.ts";
+
+/** Deaths in a row after which the device is left alone. */
+const DEATHS_MAX = 5;
+/** A server that lived so long has not died in a row with the one before. */
+const STEADY_MS = 10_000;
+/** Pause before the first new server; it doubles with each death. */
+const PAUSE_MS = 100;
+
+/** @throws what kept the first server from becoming LIVE. @returns the exit code. */
+export async function supervise(
+  spec: ServerSpec,
+  answer: (message: Answer) => void,
+): Promise<number> {
+  const supervised = { ...spec, supervisor: process.pid };
+  const stop = new AbortController();
+  let child: ChildProcess | undefined;
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    process.on(signal, () => {
+      stop.abort();
+      child?.kill("SIGTERM"); // It deletes the device.
+    });
+  }
+  process.on("SIGHUP", () => {});
+
+  let server = await spawnServer(supervised, (id) => answer({ type: "added", id }));
+  const { id } = server.live;
+  answer({ type: "live", live: server.live });
+
+  for (let deaths = 0;;) {
+    const started = performance.now();
+    child = server.child;
+    const end = await ended(child);
+    child = undefined;
+    if (end === 0) return EXIT.OK;
+    if (performance.now() - started > STEADY_MS) deaths = 0;
+
+    for (let next = undefined; next === undefined;) {
+      if (++deaths > DEATHS_MAX) {
+        logToKernel(
+          `gives up device ${id}: its server died ${deaths} times in a row; ` +
+            `ubd recover -n ${id} tries again, ubd del -n ${id} deletes it`,
+        );
+        return EXIT.FAILURE;
+      }
+      logToKernel(`server of device ${id} died (${end}); restart ${deaths} of ${DEATHS_MAX}`);
+      await sleep(PAUSE_MS * 2 ** (deaths - 1), undefined, { signal: stop.signal }).catch(() => {});
+      // Whoever deleted the device, or recovered it, has put an end to this.
+      if (readState(id)?.supervisor !== process.pid) return EXIT.OK;
+      if (stop.signal.aborted) {
+        await deleteLeftover(id);
+        removeState(id);
+        return EXIT.OK;
+      }
+      try {
+        next = await spawnServer({ ...supervised, recover: id }, () => {});
+      } catch (error) {
+        logToKernel((error as Error).message);
+        continue;
+      }
+      server = next;
+    }
+  }
+}
+
+/** @returns the exit code, or the signal's name. */
+function ended(child: ChildProcess): Promise<number | string> {
+  return new Promise((resolve) => {
+    const { exitCode, signalCode } = child;
+    if (exitCode !== null || signalCode !== null) resolve(exitCode ?? signalCode!);
+    child.on("exit", (code, signal) => resolve(code ?? signal!));
+  });
+}
