@@ -3,8 +3,10 @@
 
 import { existsSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
-import type { Command } from "commander";
+import { type Command, Option } from "commander";
+import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
+import { checkpoint } from "../core/device.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { readState, removeState } from "../core/state.ts";
 import { deviceUsers } from "../core/users.ts";
@@ -15,11 +17,27 @@ import { parseDeviceId, parseInteger } from "./size.ts";
 /** The server has let go when DEL_DEV ends; its process needs a moment more. */
 const SERVER_EXIT_DEADLINE_MS = 3000;
 
+/** udev opens every device that changes, for a moment: TRY_STOP_DEV is tried again so long. */
+const TRY_STOP_PATIENCE_MS = 2000;
+
 interface DelOptions {
   number?: number;
   all?: boolean;
   force?: boolean;
+  ifUnused?: boolean;
+  lazy?: boolean;
+  async?: boolean;
   json?: boolean;
+}
+
+/** How far a deletion may go, and what it waits for. */
+export interface Deletion {
+  /** Even in use: the users get I/O errors. */
+  force?: boolean;
+  /** The driver itself is asked whether the device is in use, as it stops. */
+  ifUnused?: boolean;
+  /** Without waiting until the last one has let go. */
+  lazy?: boolean;
 }
 
 export function defineDel(program: Command): void {
@@ -35,6 +53,9 @@ export function defineDel(program: Command): void {
     .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
     .option("-a, --all", "all devices")
     .option("--force", "even a device in use: its users get I/O errors")
+    .option("--if-unused", "let the driver check for users as it stops, where it can (7.0)")
+    .option("--lazy", "do not wait until the last one has let go; the kernel finishes (6.9)")
+    .addOption(new Option("--async").hideHelp())
     .action(del);
 }
 
@@ -45,6 +66,10 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
   if (!options.all && ids.length === 0) {
     throw new UsageError("Which device? ubd del -n ID, or ubd del --all");
   }
+  if (options.ifUnused && options.force) {
+    throw new UsageError("--if-unused and --force exclude each other");
+  }
+  const deletion = { ...options, lazy: options.lazy || options.async || false };
   const negative = ids.find((id) => id < 0);
   if (negative !== undefined) throw new UsageError(`Device id ${negative}: it must be 0 or more`);
 
@@ -53,7 +78,7 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
   let failed: unknown;
   for (const id of new Set(options.all ? deviceIds(control) : ids)) {
     try {
-      await deleteDevice(control, id, options.force ?? false);
+      await deleteDevice(control, id, deletion);
       deleted.push(id);
     } catch (error) {
       const goneMeanwhile = options.all && error instanceof UblkError && error.errno === "ENODEV";
@@ -66,15 +91,40 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
   if (options.json) console.log(JSON.stringify({ deleted }));
 }
 
-async function deleteDevice(control: Control, id: number, force: boolean): Promise<void> {
-  const { pid } = await control.getDeviceInfo(id);
+export async function deleteDevice(
+  control: Control,
+  id: number,
+  { force = false, ifUnused = false, lazy = false }: Deletion,
+): Promise<void> {
+  const { pid, state } = await control.getDeviceInfo(id);
   if (!force) await refuseUsed(control, id);
   const statePid = readState(id)?.pid;
-  await control.stopDevice(id);
-  await (force ? deleteHeld(control, id) : control.deleteDevice(id));
+  const canTry = ((control.features ?? 0n) & UBLK_F_SAFE_STOP_DEV) !== 0n;
+  if (ifUnused && canTry && state !== UBLK_S_DEV_DEAD) await stopUnused(control, id);
+  // DEL_DEV stops too: one that the kernel refuses, because it is lazy, must not have stopped.
+  else if (!lazy) await control.stopDevice(id);
+  checkpoint("stopped");
+  if (lazy) await control.deleteDeviceLater(id);
+  else await (force ? deleteHeld(control, id) : control.deleteDevice(id));
+  checkpoint("deleted");
   if (statePid !== undefined) removeState(id, statePid);
+  if (lazy) return;
   const deadline = performance.now() + SERVER_EXIT_DEADLINE_MS;
   while (pid > 0 && existsSync(`/proc/${pid}`) && performance.now() < deadline) await sleep(5);
+}
+
+async function stopUnused(control: Control, id: number): Promise<void> {
+  const deadline = performance.now() + TRY_STOP_PATIENCE_MS;
+  for (;;) {
+    try {
+      return await control.tryStopDevice(id);
+    } catch (error) {
+      const busy = error instanceof UblkError && error.errno === "EBUSY";
+      if (!busy || performance.now() > deadline) throw error;
+    }
+    await refuseUsed(control, id);
+    await sleep(50);
+  }
 }
 
 /** DEL_DEV would wait for whoever still has the device open; the kernel can do that by itself. */

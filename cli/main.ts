@@ -15,6 +15,7 @@ import { runtime } from "../ffi/mod.ts";
 import { defineAdd, targetHelp } from "./add.ts";
 import { defineDel } from "./del.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure } from "./exit.ts";
+import { defineGc } from "./gc.ts";
 import { defineList } from "./list.ts";
 import { defineQuiesce, defineUpgrade } from "./quiesce.ts";
 import { defineRecover } from "./recover.ts";
@@ -35,6 +36,7 @@ function defineProgram(): Command {
   defineRecover(program);
   defineQuiesce(program);
   defineUpgrade(program);
+  defineGc(program);
   defineList(program);
   program.command("version")
     .summary("show versions")

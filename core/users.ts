@@ -100,6 +100,15 @@ function openers(blockName: string): string[] {
   return found;
 }
 
+/** Processes that have a character device open: its server, or one that is just starting. */
+export function charDeviceOpeners(charName: string): number[] {
+  return processIds().filter((pid) =>
+    namesIn(`/proc/${pid}/fd`).some((fd) =>
+      linkTarget(`/proc/${pid}/fd/${fd}`).split("/").at(-1) === charName
+    )
+  ).map(Number);
+}
+
 function isNodeOf(path: string, blockName: string): boolean {
   if (!path.startsWith("/dev/")) return false;
   const rest = path.slice("/dev/".length);

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT
+/**
+ * `ubd gc`: removes what servers that were killed have left behind.
+ *
+ * A device counts as served when it is LIVE, or when a process has its character device open: one
+ * that is just being added, or recovered. What looks abandoned is looked at again after a while,
+ * since an add, a del or a recover may be in a step that looks the same.
+ * @module
+ */
+
+import { existsSync, readdirSync, rmSync } from "node:fs";
+import { join } from "node:path";
+import process from "node:process";
+import { setTimeout as sleep } from "node:timers/promises";
+import type { Command } from "commander";
+import { STATE_NAMES, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
+import { Control } from "../core/control.ts";
+import { UblkError } from "../core/error.ts";
+import { readState, stateDirectory, statePath } from "../core/state.ts";
+import { charDeviceOpeners } from "../core/users.ts";
+import { deleteDevice } from "./del.ts";
+import { deviceIds } from "./describe.ts";
+
+/** Between the two looks. */
+const GRACE_MS = 1000;
+
+interface GcOptions {
+  all?: boolean;
+  force?: boolean;
+  dryRun?: boolean;
+  json?: boolean;
+}
+
+/** A device or a file that nobody looks after. */
+interface Leftover {
+  device?: number;
+  file?: string;
+  why: string;
+  /** Which options let it be removed. */
+  needs: ("--all" | "--force")[];
+}
+
+export function defineGc(program: Command): void {
+  program.command("gc")
+    .summary("remove devices whose server is gone, and stale state files")
+    .description(
+      "Removes dead devices that ubd had served, and state files without a device. It never " +
+        "touches a device that is served.",
+    )
+    .option("--force", "also devices that could be recovered: their unfinished I/O fails")
+    .option("--all", "also dead devices of other programs, or of an add that was killed")
+    .option("--dry-run", "only say what would be removed")
+    .action(gc);
+}
+
+async function gc(options: GcOptions): Promise<void> {
+  using control = await Control.open();
+  let found = await leftovers(control);
+  if (found.length > 0) {
+    await sleep(GRACE_MS);
+    const before = new Set(found.map(nameOf));
+    found = (await leftovers(control)).filter((leftover) => before.has(nameOf(leftover)));
+  }
+  const given = { "--all": options.all, "--force": options.force };
+  const may = ({ needs }: Leftover) => needs.every((option) => given[option]);
+  const removed = found.filter(may);
+  const kept = found.filter((leftover) => !may(leftover));
+  for (const leftover of removed) {
+    if (!options.dryRun) await remove(control, leftover);
+    const verb = options.dryRun ? "would remove" : "removed";
+    if (!options.json) console.log(`${verb} ${nameOf(leftover)}: ${leftover.why}`);
+  }
+  for (const leftover of kept) {
+    process.stderr.write(
+      `ubd: kept ${nameOf(leftover)}: ${leftover.why}; ${leftover.needs.join(" ")} removes it\n`,
+    );
+  }
+  if (options.json) console.log(JSON.stringify({ removed, kept, dryRun: options.dryRun ?? false }));
+}
+
+function nameOf({ device, file }: Leftover): string {
+  return device === undefined ? file! : `device ${device}`;
+}
+
+async function leftovers(control: Control): Promise<Leftover[]> {
+  const devices = deviceIds(control);
+  const found: Leftover[] = [];
+  for (const id of devices) {
+    const leftover = await abandoned(control, id);
+    if (leftover) found.push(leftover);
+  }
+  return [...found, ...staleFiles(devices)];
+}
+
+async function abandoned(control: Control, id: number): Promise<Leftover | undefined> {
+  let state;
+  try {
+    ({ state } = await control.getDeviceInfo(id));
+  } catch (error) {
+    if (error instanceof UblkError && ["ENODEV", "EACCES", "EPERM"].includes(error.errno)) return;
+    throw error;
+  }
+  if (state === UBLK_S_DEV_LIVE) return undefined;
+  if (charDeviceOpeners(control.dialect.charName(id)).length > 0) return undefined;
+  const known = readState(id);
+  const needs: Leftover["needs"] = [];
+  if (!known) needs.push("--all");
+  if (state !== UBLK_S_DEV_DEAD) needs.push("--force");
+  const server = known ? `its server (process ${known.pid})` : "a server that is not known to ubd";
+  const more = state === UBLK_S_DEV_DEAD ? "" : "; it can be recovered";
+  return { device: id, why: `it is ${STATE_NAMES.get(state)}, ${server} is gone${more}`, needs };
+}
+
+/** State files without a device, and those that a killed process was about to write. */
+function staleFiles(devices: number[]): Leftover[] {
+  let names: string[] = [];
+  try {
+    names = readdirSync(stateDirectory());
+  } catch { /* nobody has made it yet */ }
+  return names.flatMap((name) => {
+    const [, id] = /^(\d+)\.json$/.exec(name) ?? [];
+    const [, writer] = /^\.\d+\.(\d+)$/.exec(name) ?? [];
+    if (id !== undefined && !devices.includes(Number(id))) {
+      return [{ file: statePath(Number(id)), why: `there is no device ${id}`, needs: [] }];
+    }
+    if (writer !== undefined && !existsSync(`/proc/${writer}`)) {
+      return [{ file: join(stateDirectory(), name), why: `process ${writer} is gone`, needs: [] }];
+    }
+    return [];
+  });
+}
+
+async function remove(control: Control, { device, file }: Leftover): Promise<void> {
+  if (file !== undefined) return rmSync(file, { force: true });
+  await deleteDevice(control, device!, { force: true });
+}
