@@ -5,11 +5,25 @@
  * @module
  */
 
-import { readdirSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import type { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { type DeviceState, readState } from "../core/state.ts";
-import { UBLK_ATTR_READ_ONLY } from "../abi/ublk_cmd.ts";
+import { SECTOR_BYTES } from "../core/queue.ts";
+import type { Unpacked } from "../abi/struct.ts";
+import {
+  UBLK_ATTR_FUA,
+  UBLK_ATTR_READ_ONLY,
+  UBLK_ATTR_ROTATIONAL,
+  UBLK_ATTR_VOLATILE_CACHE,
+  UBLK_PARAM_TYPE_DISCARD,
+  UBLK_PARAM_TYPE_DMA_ALIGN,
+  UBLK_PARAM_TYPE_INTEGRITY,
+  UBLK_PARAM_TYPE_SEGMENT,
+  UBLK_PARAM_TYPE_ZONED,
+  type UBLK_PARAMS,
+} from "../abi/ublk_cmd.ts";
+import { parseCpus } from "./size.ts";
 
 export interface DeviceFacts {
   id: number;
@@ -24,6 +38,8 @@ export interface DeviceFacts {
   maxIoBytes: number;
   /** Process that serves it, -1 when there is none. */
   pid: number;
+  /** Process that starts the server again when it dies. */
+  supervisor?: number;
   flags: string;
   features: string[];
   char: string;
@@ -84,7 +100,7 @@ export function deviceIds(control: Control): number[] {
 }
 
 /** Another server may be in the middle of adding the device: it has no parameters yet. */
-async function knownParams(control: Control, id: number) {
+export async function knownParams(control: Control, id: number) {
   if (!control.dialect.hasParams) return undefined;
   try {
     return await control.getParams(id);
@@ -100,6 +116,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
   const params = await knownParams(control, id);
   const state = readState(id);
   const served = state !== undefined && state.pid === info.pid;
+  const sizeBytes = params ? Number(params.basic.dev_sectors) * 512 : info.sizeBytes ?? 0;
   return {
     id,
     path: control.dialect.blockPath(id),
@@ -108,7 +125,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
     queues: info.queues,
     depth: info.depth,
     blockBytes: params ? 2 ** params.basic.logical_bs_shift : info.blockBytes ?? 0,
-    sizeBytes: params ? Number(params.basic.dev_sectors) * 512 : info.sizeBytes ?? 0,
+    sizeBytes,
     readOnly: params ? (params.basic.attrs & UBLK_ATTR_READ_ONLY) !== 0 : false,
     maxIoBytes: info.maxIoBytes,
     pid: info.pid,
@@ -117,8 +134,72 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
     char: `${params?.devt.char_major ?? 0}:${params?.devt.char_minor ?? 0}`,
     block: `${params?.devt.disk_major ?? 0}:${params?.devt.disk_minor ?? 0}`,
     owner: { uid: info.ownerUid, gid: info.ownerGid },
-    queueThreads: served ? state.queues : [],
-    target: served ? state.target : {},
+    queueThreads: served
+      ? state.queues.map((queue) => ({
+        ...queue,
+        affinity: allowedCpus(info.pid, queue.tid) ?? queue.affinity,
+      }))
+      : [],
+    ...(served && state.supervisor !== undefined && { supervisor: state.supervisor }),
+    // The server is not told of a resize.
+    target: served ? { ...state.target, dev_size: sizeBytes } : {},
+  };
+}
+
+/** Where a thread may run now: `ubd set_affinity` and `taskset` change that. */
+function allowedCpus(pid: number, tid: number): number[] | undefined {
+  try {
+    const status = readFileSync(`/proc/${pid}/task/${tid}/status`, "utf8");
+    return parseCpus(/^Cpus_allowed_list:\s*(\S+)$/m.exec(status)![1]!);
+  } catch {
+    return undefined;
+  }
+}
+
+const ATTRIBUTES: readonly (readonly [number, string])[] = [
+  [UBLK_ATTR_READ_ONLY, "read-only"],
+  [UBLK_ATTR_ROTATIONAL, "rotational"],
+  [UBLK_ATTR_VOLATILE_CACHE, "volatile cache"],
+  [UBLK_ATTR_FUA, "FUA"],
+];
+
+/** What GET_PARAMS answers, in bytes and words; the parts that the device has. */
+export function describeParams({ types, ...params }: Unpacked<typeof UBLK_PARAMS>) {
+  const { basic, discard, zoned, dma, seg, integrity } = params;
+  const bytes = (shift: number) => 2 ** shift;
+  const has = (type: number) => (types & type) !== 0;
+  return {
+    attributes: ATTRIBUTES.filter(([bit]) => basic.attrs & bit).map(([, name]) => name),
+    logicalBlockBytes: bytes(basic.logical_bs_shift),
+    physicalBlockBytes: bytes(basic.physical_bs_shift),
+    ioMinBytes: bytes(basic.io_min_shift),
+    ioOptBytes: bytes(basic.io_opt_shift),
+    requestBytesMax: basic.max_sectors * SECTOR_BYTES,
+    chunkBytes: basic.chunk_sectors * SECTOR_BYTES,
+    ...(has(UBLK_PARAM_TYPE_DISCARD) && {
+      discard: {
+        granularityBytes: discard.discard_granularity,
+        alignmentBytes: discard.discard_alignment,
+        discardBytesMax: discard.max_discard_sectors * SECTOR_BYTES,
+        writeZeroesBytesMax: discard.max_write_zeroes_sectors * SECTOR_BYTES,
+        segmentsMax: discard.max_discard_segments,
+      },
+    }),
+    ...(has(UBLK_PARAM_TYPE_ZONED) && {
+      zoned: {
+        openZonesMax: zoned.max_open_zones,
+        activeZonesMax: zoned.max_active_zones,
+        appendBytesMax: zoned.max_zone_append_sectors * SECTOR_BYTES,
+      },
+    }),
+    // The driver's own default, where nothing is asked for.
+    memoryAlignBytes: (has(UBLK_PARAM_TYPE_DMA_ALIGN) ? dma.alignment : 3) + 1,
+    ...(has(UBLK_PARAM_TYPE_SEGMENT) && {
+      segments: { max: seg.max_segments, bytesMax: seg.max_segment_size },
+    }),
+    ...(has(UBLK_PARAM_TYPE_INTEGRITY) && {
+      integrity: { metadataBytes: integrity.metadata_size, tagBytes: integrity.tag_size },
+    }),
   };
 }
 

@@ -6,7 +6,15 @@ import type { Command } from "commander";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { readState } from "../core/state.ts";
-import { describeAll, describeDevice, dumpDevice, dumpFeatures, featureNames } from "./describe.ts";
+import {
+  describeAll,
+  describeDevice,
+  describeParams,
+  dumpDevice,
+  dumpFeatures,
+  featureNames,
+  knownParams,
+} from "./describe.ts";
 import { formatSize, parseDeviceId, parseInteger } from "./size.ts";
 
 interface ListOptions {
@@ -60,23 +68,53 @@ async function list({ number, verbose, json }: ListOptions): Promise<void> {
 async function info(id: number, { json }: ListOptions): Promise<void> {
   using control = await Control.open();
   const facts = await describeDevice(control, id);
+  const known = await knownParams(control, id);
+  const params = known && describeParams(known);
   if (json) {
-    console.log(JSON.stringify(facts));
+    console.log(JSON.stringify({ ...facts, ...(params && { params }) }));
     return;
   }
   const served = facts.pid > 0 ? `process ${facts.pid}` : "nobody";
-  const known = readState(id) !== undefined;
   const lines: [string, string][] = [
     ["device", `${facts.path} (${facts.block === "0:0" ? "not there" : facts.block})`],
     ["state", facts.state],
     ["size", `${formatSize(facts.sizeBytes)} (${facts.sizeBytes} bytes)`],
     ["block", `${facts.blockBytes} bytes${facts.readOnly ? ", read-only" : ""}`],
     ["queues", `${facts.queues} of depth ${facts.depth}, up to ${formatSize(facts.maxIoBytes)}`],
-    ["served by", `${served}${known ? "" : ", not of ubd"}`],
+    ...(params ? wordsOf(params) : []),
+    ["served by", readState(id) === undefined ? `${served}, not of ubd` : served],
+    ...(facts.supervisor === undefined
+      ? []
+      : [["supervised by", `process ${facts.supervisor}`] as [string, string]]),
     ["features", facts.features.join(" ") || "none"],
     ...Object.entries(facts.target).map(([key, value]): [string, string] => [key, String(value)]),
   ];
   for (const [name, value] of lines) process.stdout.write(`${name.padEnd(14)}${value}\n`);
+}
+
+function wordsOf(params: ReturnType<typeof describeParams>): [string, string][] {
+  const { discard, zoned, segments, integrity } = params;
+  const optional: [string, string | false | undefined][] = [
+    [
+      "discard",
+      discard && `in ${formatSize(discard.granularityBytes)}, up to ` +
+        `${formatSize(discard.discardBytesMax)}; zeroes up to ` +
+        formatSize(discard.writeZeroesBytesMax),
+    ],
+    ["zones", zoned && `${zoned.openZonesMax} open, ${zoned.activeZonesMax} active at most`],
+    ["segments", segments && `${segments.max} of up to ${formatSize(segments.bytesMax)}`],
+    ["integrity", integrity && `${integrity.metadataBytes} bytes for each block`],
+  ];
+  return [
+    [
+      "best I/O",
+      `${formatSize(params.ioOptBytes)}, at least ${formatSize(params.ioMinBytes)}, physical ` +
+      `block ${formatSize(params.physicalBlockBytes)}, memory aligned to ` +
+      `${params.memoryAlignBytes} bytes`,
+    ],
+    ["attributes", params.attributes.join(", ") || "none"],
+    ...optional.filter((line): line is [string, string] => typeof line[1] === "string"),
+  ];
 }
 
 async function features({ json }: ListOptions): Promise<void> {

@@ -20,6 +20,7 @@ import { defineList } from "./list.ts";
 import { defineQuiesce, defineUpgrade } from "./quiesce.ts";
 import { defineRecover } from "./recover.ts";
 import { defineResize } from "./resize.ts";
+import { defineSetAffinity } from "./set_affinity.ts";
 import { ReportedError, runServer, SERVE_VERB } from "./server.ts";
 
 function defineProgram(): Command {
@@ -37,6 +38,7 @@ function defineProgram(): Command {
   defineQuiesce(program);
   defineUpgrade(program);
   defineGc(program);
+  defineSetAffinity(program);
   defineList(program);
   program.command("version")
     .summary("show versions")

@@ -40,6 +40,7 @@ export const SYMBOLS = {
   ubd_wait: { args: ["i32"], result: "i32" },
   ubd_wake: { args: ["i32"], result: "i32" },
   ubd_close_on_exec: { args: [], result: "i32" },
+  ubd_set_affinity: { args: ["i32", "buffer"], result: "i32" },
   ubd_gettid: { args: [], result: "i32" },
 } as const satisfies Record<string, NativeFunction>;
 

@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 2;
+const shim_version = 3;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -206,6 +206,13 @@ export fn ubd_wake(fd: i32) i32 {
 export fn ubd_close_on_exec() i32 {
     const close_range_cloexec = 1 << 2;
     return sys.call(.close_range, .{ 3, 0xffff_ffff, close_range_cloexec, 0, 0, 0 });
+}
+
+/// sched_setaffinity(2) of any thread: `cpus` is a bit set.
+export fn ubd_set_affinity(tid: i32, cpus: ?*const [1024]u8) i32 {
+    const checked = cpus orelse return -sys.EINVAL;
+    if (tid <= 0) return -sys.EINVAL;
+    return sys.call(.sched_setaffinity, .{ word(tid), checked.len, @intFromPtr(checked), 0, 0, 0 });
 }
 
 export fn ubd_gettid() i32 {

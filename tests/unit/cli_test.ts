@@ -20,7 +20,10 @@ const TIMEOUT = { timeout: 60_000 };
 const hasDriver = existsSync("/dev/ublk-control") || existsSync("/dev/ubd-control");
 const driverSkip = hasDriver ? "the ublk driver is loaded" : false;
 
-const VERBS = ["add", "del", "recover", "list", "info", "features", "version", "help"];
+const VERBS = [
+  ...["add", "del", "resize", "recover", "quiesce", "upgrade", "gc", "set_affinity"],
+  ...["list", "info", "features", "version", "help"],
+];
 
 interface Outcome {
   code: number | null;

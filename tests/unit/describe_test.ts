@@ -11,6 +11,7 @@ import { pack, unpack } from "../../abi/struct.ts";
 import { UBLK_PARAMS } from "../../abi/ublk_cmd.ts";
 import {
   describeDevice,
+  describeParams,
   type DeviceFacts,
   dumpDevice,
   dumpFeatures,
@@ -154,6 +155,49 @@ test("describeDevice takes size, block, attributes and numbers from the driver's
   assert.strictEqual(facts.char, "239:5");
   assert.strictEqual(facts.block, "259:7");
   assert.deepStrictEqual(facts.target, {});
+});
+
+test("describeParams names what the device has, in bytes", () => {
+  const basic = {
+    attrs: 4 | 8,
+    logical_bs_shift: 9,
+    physical_bs_shift: 12,
+    io_min_shift: 12,
+    io_opt_shift: 16,
+    max_sectors: 1024,
+  };
+  const discard = {
+    discard_granularity: 4096,
+    max_discard_sectors: 8,
+    max_write_zeroes_sectors: 16,
+    max_discard_segments: 1,
+  };
+  const describe = (types: number) =>
+    describeParams(
+      unpack(UBLK_PARAMS, pack(UBLK_PARAMS, { types, basic, discard, dma: { alignment: 511 } })),
+    );
+  const expected = {
+    attributes: ["volatile cache", "FUA"],
+    logicalBlockBytes: 512,
+    physicalBlockBytes: 4096,
+    ioMinBytes: 4096,
+    ioOptBytes: 65536,
+    requestBytesMax: 524288,
+    chunkBytes: 0,
+    memoryAlignBytes: 4,
+  };
+  assert.deepStrictEqual(describe(1), expected);
+  assert.deepStrictEqual(describe(1 | 2 | 16), {
+    ...expected,
+    discard: {
+      granularityBytes: 4096,
+      alignmentBytes: 0,
+      discardBytesMax: 4096,
+      writeZeroesBytesMax: 8192,
+      segmentsMax: 1,
+    },
+    memoryAlignBytes: 512,
+  });
 });
 
 test("dumpFeatures prints the lines of ublk features", () => {

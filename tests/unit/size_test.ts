@@ -3,7 +3,14 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
-import { formatSize, parseDeviceId, parseInteger, parseSize } from "../../cli/size.ts";
+import {
+  formatSize,
+  oneDeviceId,
+  parseCpus,
+  parseDeviceId,
+  parseInteger,
+  parseSize,
+} from "../../cli/size.ts";
 import { UsageError } from "../../core/error.ts";
 
 /** Bytes for each unit that parseSize documents. */
@@ -150,4 +157,22 @@ test("parseDeviceId takes an id, a block device's name, or its path", () => {
       new UsageError(`Device id "${text}": it must be a whole number`),
     );
   }
+});
+
+test("parseCpus takes the lists of ublk, taskset and the kernel", () => {
+  assert.deepStrictEqual(parseCpus("[0,2]"), [0, 2]);
+  assert.deepStrictEqual(parseCpus("[ 0, 2 ]"), [0, 2]);
+  assert.deepStrictEqual(parseCpus("7"), [7]);
+  assert.deepStrictEqual(parseCpus("0-2,8191"), [0, 1, 2, 8191]);
+  for (const text of ["", "[]", "x", "2-1", "0,", "-1", "8192", "0 1", "0-9999999999"]) {
+    assert.throws(() => parseCpus(text), UsageError, text);
+  }
+});
+
+test("oneDeviceId wants a device, once", () => {
+  assert.strictEqual(oneDeviceId("recover", 3), 3);
+  assert.strictEqual(oneDeviceId("recover", undefined, 0), 0);
+  assert.throws(() => oneDeviceId("recover", undefined), /^UsageError: Which device\? ubd recover/);
+  assert.throws(() => oneDeviceId("recover", 1, 1), /once/);
+  assert.throws(() => oneDeviceId("recover", undefined, -1), /0 or more/);
 });
