@@ -7,9 +7,10 @@ import {
   UBLK_F_QUIESCE,
   UBLK_F_USER_RECOVERY,
   UBLK_F_USER_RECOVERY_FAIL_IO,
+  UBLK_F_USER_RECOVERY_REISSUE,
 } from "../abi/ublk_cmd.ts";
-import { Control } from "../core/control.ts";
-import { Device } from "../core/device.ts";
+import { Control, lackError } from "../core/control.ts";
+import { checkpoint, Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { show } from "./add.ts";
 import { knownState } from "./recover.ts";
@@ -66,14 +67,21 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
     throw new UblkError({ errno: "EBUSY", operation: "upgrade", device: id, hint });
   }
   await Device.quiesce(control, id);
+  checkpoint("quiesced");
   await show(await startServer({ ...spec as ServerSpec, recover: id }), options);
 }
 
 /** @returns the device's flags. @throws {UblkError} what device or kernel lacks. */
 async function refuseUnquiescible(control: Control, id: number): Promise<bigint> {
-  const { flags } = await control.getDeviceInfo(id);
+  const { flags, pid } = await control.getDeviceInfo(id);
   const recoverable = (flags & UBLK_F_USER_RECOVERY) !== 0n;
-  if (recoverable) control.require(UBLK_F_QUIESCE, "QUIESCE_DEV", id);
+  if (recoverable && ((control.features ?? 0n) & UBLK_F_QUIESCE) === 0n) {
+    const { details } = lackError(UBLK_F_QUIESCE, "QUIESCE_DEV", id);
+    const reissued = (flags & UBLK_F_USER_RECOVERY_REISSUE) !== 0n;
+    const instead =
+      `; kill -9 ${pid}, then ubd recover -n ${id}: with recovery=reissue no I/O fails`;
+    throw new UblkError({ ...details, hint: `${details.hint}${reissued ? instead : ""}` });
+  }
   if (recoverable && (flags & UBLK_F_QUIESCE) !== 0n) return flags;
   throw new UblkError({
     errno: "EOPNOTSUPP",

@@ -12,6 +12,7 @@ import process from "node:process";
 import type { Command } from "commander";
 import { UBLK_F_UPDATE_SIZE, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
+import { checkpoint } from "../core/device.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { findTarget } from "../targets/mod.ts";
@@ -75,7 +76,9 @@ async function resize(
         "then add --force",
     );
   }
+  checkpoint("measured");
   await control.updateSize(id, sizeBytes / SECTOR_BYTES);
+  checkpoint("resized");
   const path = control.dialect.blockPath(id);
   if (json) console.log(JSON.stringify({ id, path, sizeBytes, before }));
   else {

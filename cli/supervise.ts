@@ -52,6 +52,7 @@ export async function supervise(
   for (let deaths = 0;;) {
     const started = performance.now();
     child = server.child;
+    if (stop.signal.aborted) child.kill("SIGTERM"); // The signal came while it started.
     const end = await ended(child);
     child = undefined;
     if (end === 0) return EXIT.OK;

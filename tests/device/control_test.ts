@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: MIT
+/** What can be done to a device that is being served: resize, quiesce, upgrade, and the rest. */
+
+import assert from "node:assert/strict";
+import { rmSync, truncateSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import process from "node:process";
+import {
+  type Added,
+  deviceTest,
+  FULL,
+  gone,
+  killServer,
+  scaled,
+  type Scene,
+  statePath,
+  until,
+} from "./helpers.ts";
+
+async function succeeds(scene: Scene, ...args: string[]): Promise<string> {
+  const { code, stdout, stderr } = await scene.ubd(...args);
+  assert.equal(code, 0, `ubd ${args.join(" ")}: ${stderr}`);
+  return stdout;
+}
+
+async function has(scene: Scene, feature: string): Promise<boolean> {
+  return (await scene.ubd("features")).stdout.includes(`\t${feature} `);
+}
+
+async function isIn(scene: Scene, { id }: Added, state: string): Promise<void> {
+  const told = async () => (await scene.ubd("list", "-n", `${id}`)).stdout.includes(state);
+  assert.ok(await until(told, 60_000), `never ${state}`);
+}
+
+deviceTest("resize: a mounted device follows its file, and keeps its size when recovered", {
+  limitS: 240,
+}, async (scene) => {
+  const image = scene.image("disk", 32 << 20);
+  const device = await scene.add("loop", image, "--recovery", "--size", "32M");
+  const [n, size] = [`${device.id}`, `blockdev --getsize64 ${device.path}`];
+  if (!await has(scene, "UPDATE_SIZE")) {
+    const { code, stderr } = await scene.ubd("resize", "-n", n, "16M");
+    assert.equal(code, 1);
+    assert.match(stderr, /kernel 6\.12\S* lacks UPDATE_SIZE \(needs 6\.16\)/);
+    return;
+  }
+  await scene.sh(`mkfs.ext4 -q ${device.path}`);
+  const point = await scene.mount("point", device.path);
+  const larger = await scene.ubd("resize", "-n", n, "64M");
+  assert.equal(larger.code, 2);
+  assert.match(larger.stderr, /has 33554432 bytes .*truncate -s 67108864/);
+  truncateSync(image, 64 << 20);
+  await succeeds(scene, "resize", n);
+  assert.equal(await scene.sh(size), `${64 << 20}`);
+  await scene.sh(`resize2fs -p ${device.path}; head -c 40M /dev/urandom > ${point}/large; sync`);
+  await scene.sh(`umount ${point}; fsck.ext4 -f -n ${device.path}`);
+
+  const smaller = await scene.ubd("resize", n, "32M");
+  assert.equal(smaller.code, 2);
+  assert.match(smaller.stderr, /then add --force/);
+  await succeeds(scene, "resize", n, "48M", "--force");
+  process.kill(device.pid, "SIGKILL");
+  await isIn(scene, device, "QUIESCED");
+  const next = scene.adopt(await succeeds(scene, "recover", n));
+  assert.equal(await scene.sh(size), `${48 << 20}`);
+  assert.match(next.stdout, /"dev_size":50331648/);
+  await scene.del(next);
+});
+
+deviceTest("upgrade: a running fio sees no error, though it fills the queue", {
+  limitS: scaled(240, 600),
+}, async (scene) => {
+  let device = await scene.add(
+    "loop",
+    scene.image("disk", 32 << 20),
+    "--recovery=wait",
+    "-d",
+    "32",
+  );
+  if (!await has(scene, "QUIESCE")) {
+    for (const verb of ["quiesce", "upgrade"]) {
+      const { code, stderr } = await scene.ubd(verb, `${device.id}`);
+      assert.equal(code, 1);
+      assert.match(stderr, /kernel 6\.12\S* lacks QUIESCE \(needs 6\.16\)/);
+    }
+    return;
+  }
+  const fio = scene.start([
+    ...["fio", "--max-jobs=2", "--name=verify", `--filename=${device.path}`, "--direct=1"],
+    ...["--ioengine=libaio", "--iodepth=64", "--rw=randrw", "--bs=4k", "--size=16M"],
+    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", `--runtime=${scaled(8, 120)}`],
+  ], { limitMs: 500_000 });
+  for (let round = 0; round < scaled(2, 15); round++) {
+    await scene.sh("sleep 1");
+    const next = scene.adopt(await succeeds(scene, "upgrade", "-n", `${device.id}`));
+    assert.equal(next.path, device.path);
+    assert.notEqual(next.pid, device.pid);
+    device = next;
+  }
+  const { code, stdout, stderr } = await fio.ended;
+  assert.equal(code, 0, stdout + stderr);
+
+  await succeeds(scene, "quiesce", `${device.id}`);
+  await isIn(scene, device, "daemon pid -1 state QUIESCED");
+  const reader = scene.start([
+    "dd",
+    `if=${device.path}`,
+    "of=/dev/null",
+    "count=1",
+    "iflag=direct",
+  ]);
+  await scene.sh("sleep 0.3");
+  device = scene.adopt(await succeeds(scene, "recover", `${device.id}`));
+  assert.equal((await reader.ended).code, 0, "what waited is served");
+  await scene.del(device);
+});
+
+deviceTest("what was added without recovery can be neither quiesced nor upgraded", {
+  anyKernel: true,
+}, async (scene) => {
+  const device = await scene.add("null");
+  for (const verb of ["quiesce", "upgrade"]) {
+    const { code, stderr } = await scene.ubd(verb, `${device.id}`);
+    assert.equal(code, 1);
+    assert.match(stderr, /added without --recovery/);
+  }
+  await isIn(scene, device, "state LIVE");
+  await scene.del(device);
+});
+
+deviceTest("del --if-unused leaves an open device alone; --lazy deletes", {}, async (scene) => {
+  const device = await scene.add("null");
+  const reader = scene.start(["bash", "-c", `exec sleep 600 < ${device.path}`]);
+  await scene.sh("sleep 0.5");
+  const { code, stderr } = await scene.ubd("del", "--if-unused", `${device.id}`);
+  assert.equal(code, 4, stderr);
+  await isIn(scene, device, "state LIVE");
+  reader.kill("SIGKILL");
+  await reader.ended;
+  await succeeds(scene, "del", "--if-unused", `${device.id}`);
+  scene.forget(device);
+  await gone(device);
+
+  const other = await scene.add("null");
+  await succeeds(scene, "del", "--lazy", `${other.id}`);
+  scene.forget(other);
+  await gone(other);
+});
+
+deviceTest("set_affinity moves a queue's thread; info shows the driver's parameters", {
+  anyKernel: true,
+}, async (scene) => {
+  const device = await scene.add("loop", scene.image("disk", 1 << 20));
+  const n = `${device.id}`;
+  await succeeds(scene, "set_affinity", "-n", n, "-q", "0", "--cpuset", "[1]");
+  assert.match(await succeeds(scene, "list", "-n", n), /queue 0: tid \d+ affinity\(1 \)/);
+  const tid = /queue 0: tid (\d+)/.exec(device.stdout)![1]!;
+  const status = await scene.sh(`grep Cpus_allowed_list /proc/${device.pid}/task/${tid}/status`);
+  assert.match(status, /\t1$/);
+  const cases: [string[], number, RegExp][] = [
+    [["-q", "7", "--cpuset", "0"], 2, /Queue 7: device \d+ has queues 0 to 0/],
+    [["-q", "0", "--cpuset", "8000"], 1, /EINVAL.*none of these CPUs is online/],
+    [["-q", "0"], 2, /Which CPUs\?/],
+  ];
+  for (const [args, code, message] of cases) {
+    const outcome = await scene.ubd("set_affinity", "-n", n, ...args);
+    assert.equal(outcome.code, code, outcome.stderr);
+    assert.match(outcome.stderr, message);
+  }
+  const info = await succeeds(scene, "info", n);
+  assert.match(info, /^discard +in 4 KiB, up to 4 GiB/m);
+  assert.match(info, /^attributes +volatile cache, FUA$/m);
+  const { params } = JSON.parse(await succeeds(scene, "info", n, "--json"));
+  assert.equal(params.discard.granularityBytes, 4096);
+  await scene.del(device);
+});
+
+deviceTest("--no-partscan shows no partitions, or is refused by name", {}, async (scene) => {
+  const image = scene.image("disk", 8 << 20);
+  await scene.sh(`echo '1M,2M' | sfdisk -q ${image}`);
+  if (!await has(scene, "NO_AUTO_PART_SCAN")) {
+    const { code, stderr } = await scene.ubd("add", "loop", image, "--no-partscan");
+    assert.equal(code, 1);
+    assert.match(stderr, /kernel 6\.12\S* lacks NO_AUTO_PART_SCAN \(needs 7\.0\)/);
+    return;
+  }
+  const device = await scene.add("loop", image, "--no-partscan");
+  const parts = () => scene.sh(`cat /proc/partitions | grep -c ${device.name}p || true`);
+  assert.equal(await parts(), "0");
+  await scene.sh(`blockdev --rereadpt ${device.path}`);
+  assert.equal(await parts(), "1");
+  await scene.del(device);
+});
+
+deviceTest(
+  "gc removes what is left behind, and nothing else",
+  { anyKernel: true },
+  async (scene) => {
+    const live = await scene.add("null");
+    const dead = await scene.add("null");
+    const recoverable = await scene.add("null", "--recovery");
+    const unknown = await scene.add("null");
+    await killServer(scene, dead);
+    await killServer(scene, unknown);
+    rmSync(statePath(unknown.id));
+    process.kill(recoverable.pid, "SIGKILL");
+    await isIn(scene, recoverable, "QUIESCED");
+    const stale = [statePath(1000), join(statePath(0), "..", ".7.99999999")];
+    for (const path of stale) writeFileSync(path, "{}", { mode: 0o600 });
+
+    const expected = (verb: string) => [
+      `${verb} device ${dead.id}: it is DEAD, its server (process ${dead.pid}) is gone`,
+      `${verb} ${stale[0]}: there is no device 1000`,
+      `${verb} ${stale[1]}: process 99999999 is gone`,
+    ];
+    const dry = await succeeds(scene, "gc", "--dry-run");
+    assert.deepEqual(dry.trim().split("\n").sort(), expected("would remove").sort());
+    const { code, stdout, stderr } = await scene.ubd("gc");
+    assert.equal(code, 0, stderr);
+    assert.deepEqual(stdout.trim().split("\n").sort(), expected("removed").sort());
+    assert.match(stderr, new RegExp(`kept device ${recoverable.id}: .*; --force removes it`));
+    assert.match(stderr, new RegExp(`kept device ${unknown.id}: .*; --all removes it`));
+    await gone(dead);
+
+    const { removed } = JSON.parse(await succeeds(scene, "gc", "--all", "--force", "--json"));
+    const ids = removed.map(({ device }: { device: number }) => device).sort();
+    assert.deepEqual(ids, [recoverable.id, unknown.id].sort());
+    for (const device of [dead, recoverable, unknown]) scene.forget(device);
+    await isIn(scene, live, "state LIVE");
+    await scene.del(live);
+  },
+);
+
+/** Verb and step at which it dies, and what brings the device back. */
+const KILLS: [string, string, string[]][] = [
+  ["resize", "measured", ["resize"]],
+  ["resize", "resized", ["resize"]],
+  ["upgrade", "quiescing", ["upgrade"]],
+  ["upgrade", "quiesced", ["recover"]],
+  ["upgrade", "recovery started", ["upgrade"]],
+  ["upgrade", "queues started", ["recover"]],
+  ["upgrade", "recovered", ["recover"]],
+  ...(FULL
+    ? ["recovery started", "queues started", "recovered"].map((
+      step,
+    ): [string, string, string[]] => [
+      "recover",
+      step,
+      ["recover"],
+    ])
+    : []),
+  ["del", "stopped", ["del"]],
+  ["del", "deleted", []],
+];
+
+deviceTest("a command that is killed at any step leaves what the next one mends", {
+  limitS: scaled(240, 400),
+}, async (scene) => {
+  if (!await has(scene, "QUIESCE")) return;
+  const image = scene.image("disk", 8 << 20);
+  await scene.sh(`head -c 8M /dev/urandom > ${image}; cp ${image} copy`);
+  let device: Added | undefined;
+  for (const [verb, step, mend] of KILLS) {
+    device ??= await scene.add("loop", image, "--recovery");
+    const n = `${device.id}`;
+    if (verb === "recover") {
+      await succeeds(scene, "quiesce", n);
+    }
+    const { code, stderr } = await scene.run(["ubd", verb, n], { env: { UBD_DEBUG_EXIT: step } });
+    assert.notEqual(code, 0, `${verb} does not come to: ${step}`);
+    assert.doesNotMatch(stderr, /bug in ubd/);
+    for (const next of mend) await succeeds(scene, next, n);
+    if (verb === "del") {
+      scene.forget(device);
+      await gone(device);
+      device = undefined;
+    } else {
+      await isIn(scene, device, "state LIVE");
+      await scene.sh(`cmp -n 1M copy ${device.path}`);
+    }
+  }
+});

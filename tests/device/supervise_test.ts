@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT
+/** add --supervise: a server that dies is replaced, one that is told to end is not. */
+
+import assert from "node:assert/strict";
+import { readFileSync, renameSync } from "node:fs";
+import process from "node:process";
+import { type Added, deviceTest, gone, type Scene, servers, statePath, until } from "./helpers.ts";
+
+interface Facts {
+  state: string;
+  pid: number;
+  supervisor?: number;
+}
+
+async function facts(scene: Scene, { id }: Added): Promise<Facts> {
+  const { stdout } = await scene.ubd("info", `${id}`, "--json");
+  return JSON.parse(stdout);
+}
+
+function supervisorOf({ id }: Added): number {
+  return JSON.parse(readFileSync(statePath(id), "utf8")).supervisor;
+}
+
+async function isReplaced(scene: Scene, device: Added, pid: number): Promise<number> {
+  let now = await facts(scene, device);
+  const replaced = async () => {
+    now = await facts(scene, device);
+    return now.state === "LIVE" && now.pid > 0 && now.pid !== pid;
+  };
+  assert.ok(await until(replaced, 60_000), JSON.stringify(now));
+  return now.pid;
+}
+
+deviceTest("a supervised server that is killed is replaced; I/O only waits", {
+  limitS: 240,
+}, async (scene) => {
+  const device = await scene.add("loop", scene.image("disk", 16 << 20), "--supervise");
+  const fio = scene.start([
+    ...["fio", "--max-jobs=2", "--name=verify", `--filename=${device.path}`, "--direct=1"],
+    ...["--ioengine=libaio", "--iodepth=16", "--rw=randwrite", "--bs=4k", "--size=16M"],
+    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", "--runtime=6"],
+  ]);
+  let { pid } = device;
+  for (let kill = 0; kill < 2; kill++) {
+    await scene.sh("sleep 1");
+    process.kill(pid, "SIGKILL");
+    pid = await isReplaced(scene, device, pid);
+  }
+  const { code, stdout, stderr } = await fio.ended;
+  assert.equal(code, 0, stdout + stderr);
+  assert.equal((await facts(scene, device)).supervisor, supervisorOf(device));
+  await scene.del(device);
+  assert.ok(await until(() => servers().length === 0), "the supervisor ends");
+});
+
+deviceTest("SIGTERM to the supervisor deletes the device; without it the server goes on", {
+  anyKernel: true,
+}, async (scene) => {
+  const device = await scene.add("null", "--supervise");
+  process.kill(supervisorOf(device), "SIGTERM");
+  scene.forget(device);
+  await gone(device);
+
+  const other = await scene.add("null", "--supervise");
+  process.kill(supervisorOf(other), "SIGKILL");
+  await until(() => servers().length === 1);
+  await scene.sh(`dd if=${other.path} of=/dev/null bs=4k count=1 iflag=direct status=none`);
+  assert.equal((await facts(scene, other)).pid, other.pid);
+  await scene.del(other);
+});
+
+deviceTest("a supervisor gives up after some deaths, and says so", {
+  anyKernel: true,
+}, async (scene) => {
+  const image = scene.image("disk", 1 << 20);
+  const device = await scene.add("loop", image, "--supervise");
+  renameSync(image, `${image}.away`);
+  process.kill(device.pid, "SIGKILL");
+  assert.ok(await until(() => servers().length === 0, 60_000), "it tries for ever");
+  const lines = scene.kernelLines().filter((line) => line.includes("ubd["));
+  assert.match(lines.at(-1)!, new RegExp(`gives up device ${device.id}: .*ubd recover`));
+  const { state, pid } = await facts(scene, device);
+  assert.deepEqual([state, pid], ["QUIESCED", -1]);
+  renameSync(`${image}.away`, image);
+  const { code, stdout, stderr } = await scene.ubd("recover", `${device.id}`);
+  assert.equal(code, 0, stderr);
+  const next = scene.adopt(stdout);
+  assert.ok(servers().includes(supervisorOf(next)), "a recovered server has a supervisor again");
+  await scene.del(next);
+});
+
+deviceTest("an upgrade replaces the supervisor too", {}, async (scene) => {
+  const device = await scene.add("null", "--supervise");
+  const before = supervisorOf(device);
+  const { code, stdout, stderr } = await scene.ubd("upgrade", `${device.id}`);
+  if (/lacks QUIESCE/.test(stderr)) return;
+  assert.equal(code, 0, stderr);
+  const next = scene.adopt(stdout);
+  assert.ok(await until(() => !servers().includes(before)), "the old supervisor stays");
+  process.kill(next.pid, "SIGKILL");
+  await isReplaced(scene, next, next.pid);
+  await scene.del(next);
+});
