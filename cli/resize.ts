@@ -15,7 +15,7 @@ import { Control } from "../core/control.ts";
 import { checkpoint } from "../core/device.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
-import { findTarget } from "../targets/mod.ts";
+import { findTarget, isDefined } from "../targets/mod.ts";
 import { knownState } from "./recover.ts";
 import type { ServerSpec } from "./server.ts";
 import { formatSize, oneDeviceId, parseDeviceId, parseInteger, parseSize } from "./size.ts";
@@ -65,6 +65,10 @@ async function resize(
   }
   const before = Number((await control.getParams(id)).basic.dev_sectors) * SECTOR_BYTES;
   const { name, options } = (spec as ServerSpec).target;
+  if (isDefined(name)) {
+    const hint = "a target of your own has the size that its open() said, as long as it is served";
+    throw new UblkError({ errno: "EOPNOTSUPP", operation: "resize", device: id, hint });
+  }
   const { sizeBytes: _, ...rest } = options;
   const sizeBytes = findTarget(name).measure(
     wanted === undefined ? rest : { ...rest, sizeBytes: wanted },
