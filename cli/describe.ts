@@ -22,6 +22,8 @@ import {
   UBLK_PARAM_TYPE_SEGMENT,
   UBLK_PARAM_TYPE_ZONED,
   type UBLK_PARAMS,
+  UBLK_S_DEV_FAIL_IO,
+  UBLK_S_DEV_QUIESCED,
 } from "../abi/ublk_cmd.ts";
 import { parseCpus } from "./size.ts";
 
@@ -115,7 +117,11 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
   const info = await control.getDeviceInfo(id);
   const params = await knownParams(control, id);
   const state = readState(id);
-  const served = state !== undefined && state.pid === info.pid;
+  // A device that waits for a server keeps the last one's id: it may be another process's by now.
+  const waits = info.state === UBLK_S_DEV_QUIESCED || info.state === UBLK_S_DEV_FAIL_IO;
+  const pid = waits ? -1 : info.pid;
+  const served = state !== undefined && state.pid === pid;
+  const known = state !== undefined && (served || waits);
   const sizeBytes = params ? Number(params.basic.dev_sectors) * 512 : info.sizeBytes ?? 0;
   return {
     id,
@@ -128,7 +134,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
     sizeBytes,
     readOnly: params ? (params.basic.attrs & UBLK_ATTR_READ_ONLY) !== 0 : false,
     maxIoBytes: info.maxIoBytes,
-    pid: info.pid,
+    pid,
     flags: `0x${info.flags.toString(16)}`,
     features: FLAGS.filter(([, bit]) => info.flags >> BigInt(bit) & 1n).map(([name]) => name),
     char: `${params?.devt.char_major ?? 0}:${params?.devt.char_minor ?? 0}`,
@@ -137,12 +143,12 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
     queueThreads: served
       ? state.queues.map((queue) => ({
         ...queue,
-        affinity: allowedCpus(info.pid, queue.tid) ?? queue.affinity,
+        affinity: allowedCpus(pid, queue.tid) ?? queue.affinity,
       }))
       : [],
     ...(served && state.supervisor !== undefined && { supervisor: state.supervisor }),
     // The server is not told of a resize.
-    target: served ? { ...state.target, dev_size: sizeBytes } : {},
+    target: known ? { ...state.target, dev_size: sizeBytes } : {},
   };
 }
 

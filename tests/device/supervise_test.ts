@@ -10,6 +10,7 @@ interface Facts {
   state: string;
   pid: number;
   supervisor?: number;
+  target: Record<string, string | number>;
 }
 
 async function facts(scene: Scene, { id }: Added): Promise<Facts> {
@@ -79,14 +80,29 @@ deviceTest("a supervisor gives up after some deaths, and says so", {
   assert.ok(await until(() => servers().length === 0, 60_000), "it tries for ever");
   const lines = scene.kernelLines().filter((line) => line.includes("ubd["));
   assert.match(lines.at(-1)!, new RegExp(`gives up device ${device.id}: .*ubd recover`));
-  const { state, pid } = await facts(scene, device);
-  assert.deepEqual([state, pid], ["QUIESCED", -1]);
+  const { state, pid, target } = await facts(scene, device);
+  assert.deepEqual([state, pid, target.backing_file], ["QUIESCED", -1, image]);
   renameSync(`${image}.away`, image);
   const { code, stdout, stderr } = await scene.ubd("recover", `${device.id}`);
   assert.equal(code, 0, stderr);
   const next = scene.adopt(stdout);
   assert.ok(servers().includes(supervisorOf(next)), "a recovered server has a supervisor again");
   await scene.del(next);
+});
+
+deviceTest("what is deleted while its supervised server is dead stays deleted", {
+  anyKernel: true,
+}, async (scene) => {
+  const image = scene.image("disk", 1 << 20);
+  const device = await scene.add("loop", image, "--supervise");
+  renameSync(image, `${image}.away`);
+  process.kill(device.pid, "SIGKILL");
+  const waits = async () => (await facts(scene, device)).state === "QUIESCED";
+  assert.ok(await until(waits, 60_000));
+  renameSync(`${image}.away`, image);
+  await scene.del(device);
+  assert.ok(await until(() => servers().length === 0), "the supervisor ends");
+  assert.equal((await scene.ubd("list", "-n", `${device.id}`)).code, 3);
 });
 
 deviceTest("an upgrade replaces the supervisor too", {}, async (scene) => {
