@@ -22,7 +22,7 @@ import {
   spawnServer,
 } from "./server.ts";
 
-/** Deaths in a row after which the device is left alone. */
+/** New servers in a row that may die before the device is left alone. */
 const DEATHS_MAX = 5;
 /** A server that lived so long has not died in a row with the one before. */
 const STEADY_MS = 10_000;
@@ -45,44 +45,42 @@ export async function supervise(
   }
   process.on("SIGHUP", () => {});
 
-  let server = await spawnServer(supervised, (id) => answer({ type: "added", id }));
-  const { id } = server.live;
-  answer({ type: "live", live: server.live });
+  const first = await spawnServer(supervised, (id) => answer({ type: "added", id }));
+  const { id } = first.live;
+  answer({ type: "live", live: first.live });
 
+  let server: { child: ChildProcess } | undefined = first;
   for (let deaths = 0;;) {
-    const started = performance.now();
-    child = server.child;
-    if (stop.signal.aborted) child.kill("SIGTERM"); // The signal came while it started.
-    const end = await ended(child);
-    child = undefined;
-    if (end === 0) return EXIT.OK;
-    if (performance.now() - started > STEADY_MS) deaths = 0;
-
-    for (let next = undefined; next === undefined;) {
-      if (++deaths > DEATHS_MAX) {
-        logToKernel(
-          `gives up device ${id}: its server died ${deaths} times in a row; ` +
-            `ubd recover -n ${id} tries again, ubd del -n ${id} deletes it`,
-        );
-        return EXIT.FAILURE;
-      }
-      logToKernel(`server of device ${id} died (${end}); restart ${deaths} of ${DEATHS_MAX}`);
-      await sleep(PAUSE_MS * 2 ** (deaths - 1), undefined, { signal: stop.signal }).catch(() => {});
-      // Whoever deleted the device, or recovered it, has put an end to this.
-      if (readState(id)?.supervisor !== process.pid) return EXIT.OK;
-      if (stop.signal.aborted) {
-        await deleteLeftover(id);
-        removeState(id);
-        return EXIT.OK;
-      }
-      try {
-        next = await spawnServer({ ...supervised, recover: id }, () => {});
-      } catch (error) {
-        logToKernel((error as Error).message);
-        continue;
-      }
-      server = next;
+    if (server) {
+      const started = performance.now();
+      child = server.child;
+      if (stop.signal.aborted) child.kill("SIGTERM"); // The signal came while it started.
+      const end = await ended(child);
+      child = undefined;
+      if (end === 0) return EXIT.OK;
+      logToKernel(`server of device ${id} died (${end})`);
+      if (performance.now() - started > STEADY_MS) deaths = 0;
     }
+    if (deaths === DEATHS_MAX) {
+      logToKernel(
+        `gives up device ${id} after ${deaths} new servers in a row: ubd recover -n ${id} tries ` +
+          `again, ubd del -n ${id} deletes it`,
+      );
+      return EXIT.FAILURE;
+    }
+    const pauseMs = PAUSE_MS * 2 ** deaths++;
+    await sleep(pauseMs, undefined, { signal: stop.signal }).catch(() => {});
+    // Whoever deleted the device, or recovered it, has put an end to this.
+    if (readState(id)?.supervisor !== process.pid) return EXIT.OK;
+    if (stop.signal.aborted) {
+      await deleteLeftover(id);
+      removeState(id);
+      return EXIT.OK;
+    }
+    server = await spawnServer({ ...supervised, recover: id }, () => {}).catch((error) => {
+      logToKernel(`no new server for device ${id}: ${(error as Error).message}`);
+      return undefined;
+    });
   }
 }
 
