@@ -263,9 +263,7 @@ deviceTest("a command that is killed at any step leaves what the next one mends"
   for (const [verb, step, mend] of KILLS) {
     device ??= await scene.add("loop", image, "--recovery");
     const n = `${device.id}`;
-    if (verb === "recover") {
-      await succeeds(scene, "quiesce", n);
-    }
+    if (verb === "recover") await succeeds(scene, "quiesce", n);
     const { code, stderr } = await scene.run(["ubd", verb, n], { env: { UBD_DEBUG_EXIT: step } });
     assert.notEqual(code, 0, `${verb} does not come to: ${step}`);
     assert.doesNotMatch(stderr, /bug in ubd/);
@@ -275,7 +273,6 @@ deviceTest("a command that is killed at any step leaves what the next one mends"
       await gone(device);
       device = undefined;
     } else {
-      await isIn(scene, device, "state LIVE");
       await scene.sh(`cmp -n 1M copy ${device.path}`);
     }
   }
