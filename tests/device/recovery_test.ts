@@ -82,7 +82,10 @@ for (const [mode, state] of [["wait", "QUIESCED"], ["fail", "FAIL_IO"]] as const
         const read = await scene.run(["dd", `if=${device.path}`, "of=/dev/null", "iflag=direct"]);
         assert.notEqual(read.code, 0, "I/O fails until there is a server");
       }
+      const waiting = mode === "wait" &&
+        scene.start(["dd", `if=${device.path}`, "of=/dev/null", "count=1", "iflag=direct"]);
       const next = await recover(scene, device);
+      if (waiting) assert.equal((await waiting.ended).code, 0, "later I/O waits for a server");
       await scene.sh(`cmp -n 1M data ${next.path}`);
       await scene.del(next);
     },
