@@ -16,13 +16,14 @@ import { describeDevice, dumpDevice } from "./describe.ts";
 import { type Live, type RecoveryMode, serve, type ServerSpec, startServer } from "./server.ts";
 import { formatSize, parseInteger, parseSize } from "./size.ts";
 
-interface AddOptions {
+export interface AddOptions {
   type?: string;
   file?: string;
   number: number;
   queues: number;
   depth: number;
   maxIoSize: number;
+  max_io_buf_bytes?: number;
   size?: number;
   blockSize?: number;
   ro?: boolean;
@@ -86,12 +87,7 @@ function collectOption(text: string, collected: Record<string, string> = {}) {
 }
 
 export function defineAdd(program: Command): void {
-  const option = (flags: string, description: string, group: string) =>
-    new Option(flags, description).helpGroup(group);
-  const integer = (what: string) => (text: string) => parseInteger(text, what);
-  const size = (what: string) => (text: string) => parseSize(text, what);
-
-  program.command("add")
+  const command = program.command("add")
     .summary("make a block device and serve it")
     .description(
       "Makes a block device and serves it in the background until it is deleted.\n\n" +
@@ -102,6 +98,26 @@ export function defineAdd(program: Command): void {
     )
     .argument("[target]", `${TARGET_NAMES.join(", ")} or a module such as ./x.ts`)
     .argument("[file]", "loop: the file or block device")
+    .action(add);
+  defineDeviceOptions(command)
+    .addOption(
+      new Option("--supervise", "start the server again when it dies; implies --recovery")
+        .helpGroup(DEVICE),
+    )
+    .addOption(
+      new Option("--foreground", "serve here until Ctrl-C, then delete the device")
+        .helpGroup(DEVICE),
+    );
+}
+
+/** All that a device can be told: options of `add` and `run`. */
+export function defineDeviceOptions(command: Command): Command {
+  const option = (flags: string, description: string, group: string) =>
+    new Option(flags, description).helpGroup(group);
+  const integer = (what: string) => (text: string) => parseInteger(text, what);
+  const size = (what: string) => (text: string) => parseSize(text, what);
+
+  return command
     .addOption(
       option("-n, --number <id>", "device id; -1: the next free one", DEVICE)
         .default(-1).argParser(integer("Device id")),
@@ -122,11 +138,7 @@ export function defineAdd(program: Command): void {
       option("--recovery [mode]", "outlive the server: wait, reissue or fail (ubd recover)", DEVICE)
         .preset("reissue").argParser(parseRecovery),
     )
-    .addOption(
-      option("--supervise", "start the server again when it dies; implies --recovery", DEVICE),
-    )
     .addOption(option("--no-partscan", "do not look for partitions", DEVICE))
-    .addOption(option("--foreground", "serve here until Ctrl-C, then delete the device", DEVICE))
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
     .addOption(option("-f, --file <path>", "loop: the file or block device", TARGET))
     .addOption(
@@ -165,8 +177,7 @@ export function defineAdd(program: Command): void {
     )
     .addOption(
       new Option("-e, --user_recovery_fail_io <0|1>").argParser(parseSwitch("-e")).hideHelp(),
-    )
-    .action(add);
+    );
 }
 
 /** The options of the target that a command line names; empty when it names none of its kind. */
@@ -183,12 +194,9 @@ export async function targetHelp(args: readonly string[]): Promise<string> {
 async function add(
   target: string | undefined,
   file: string | undefined,
-  options: AddOptions & { max_io_buf_bytes?: number },
+  options: AddOptions,
 ): Promise<void> {
-  const spec = toSpec(target, file, {
-    ...options,
-    maxIoSize: options.max_io_buf_bytes ?? options.maxIoSize,
-  });
+  const spec = toSpec(target, file, options);
   if (options.foreground) {
     const log = (text: string) => process.stderr.write(`ubd: ${text}\n`);
     let shown: Promise<void> | undefined;
@@ -200,7 +208,7 @@ async function add(
   }
 }
 
-function toSpec(
+export function toSpec(
   target: string | undefined,
   file: string | undefined,
   options: AddOptions,
@@ -221,7 +229,7 @@ function toSpec(
     id: options.number,
     queues: options.queues,
     depth: options.depth,
-    ioBytesMax: options.maxIoSize,
+    ioBytesMax: options.max_io_buf_bytes ?? options.maxIoSize,
     compInTask: options.uring_comp ?? false,
     noPartScan: !options.partscan,
   };

@@ -91,6 +91,7 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
   if (options.json) console.log(JSON.stringify({ deleted }));
 }
 
+/** @throws {UblkError} EBUSY: somebody uses it, and `force` is false. */
 export async function deleteDevice(
   control: Control,
   id: number,

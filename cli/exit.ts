@@ -21,6 +21,9 @@ export const EXIT = {
   INTERRUPTED: 130,
 } as const;
 
+/** `ubd run` could not start its command: what shells, env and timeout say then. */
+export const COMMAND_EXIT = { REFUSED: 126, ABSENT: 127 } as const;
+
 /** For `ubd help` and the README. */
 export const EXIT_MEANINGS: readonly (readonly [number, string])[] = [
   [EXIT.OK, "done"],
@@ -34,6 +37,18 @@ export const EXIT_MEANINGS: readonly (readonly [number, string])[] = [
   [EXIT.BUG, "a bug in ubd"],
   [EXIT.INTERRUPTED, "interrupted; nothing is left"],
 ];
+
+/** What a verb means besides these, or instead. */
+export const VERB_EXIT_MEANINGS: Readonly<
+  Record<string, readonly (readonly [number | string, string])[]>
+> = {
+  run: [
+    ["any", "the command's exit code; 128 + n when signal n ended it"],
+    [EXIT.BUSY, "image locked or id taken; or the command succeeded, and its device is in use"],
+    [COMMAND_EXIT.REFUSED, "the command cannot be started"],
+    [COMMAND_EXIT.ABSENT, "there is no such command"],
+  ],
+};
 
 const BY_ERRNO: Record<string, number> = {
   ENODEV: EXIT.NO_DEVICE,

@@ -14,13 +14,14 @@ import { VERSION } from "../core/version.ts";
 import { runtime } from "../ffi/mod.ts";
 import { defineAdd, targetHelp } from "./add.ts";
 import { defineDel } from "./del.ts";
-import { EXIT, EXIT_MEANINGS, reportFailure, toFailure } from "./exit.ts";
+import { EXIT, EXIT_MEANINGS, reportFailure, toFailure, VERB_EXIT_MEANINGS } from "./exit.ts";
 import { defineGc } from "./gc.ts";
 import { defineList } from "./list.ts";
 import { defineQuiesce, defineUpgrade } from "./quiesce.ts";
 import { defineRecover } from "./recover.ts";
 import { defineResize } from "./resize.ts";
 import { defineSetAffinity } from "./set_affinity.ts";
+import { commandOf, defineRun } from "./run.ts";
 import { ReportedError, runServer, SERVE_VERB } from "./server.ts";
 
 function defineProgram(): Command {
@@ -32,6 +33,7 @@ function defineProgram(): Command {
     .configureOutput({ outputError: () => {} }) // reportFailure prints it
     .showSuggestionAfterError();
   defineAdd(program);
+  defineRun(program);
   defineDel(program);
   defineResize(program);
   defineRecover(program);
@@ -64,14 +66,21 @@ function defineProgram(): Command {
   program.allowExcessArguments(true);
   for (const command of program.commands) {
     command.option("--json", "print JSON on standard output");
+    const own = VERB_EXIT_MEANINGS[command.name()];
+    if (own) {
+      command.addHelpText("after", `\nExit codes, besides those of ubd help:\n${codes(own)}`);
+    }
   }
-  const codes = EXIT_MEANINGS.map(([code, meaning]) => `  ${String(code).padEnd(4)}${meaning}`);
   program.addHelpText(
     "after",
     `\nSizes: bytes, or 64K, 64M, 64G (x 1024), 64MB (x 1000), 64s (sectors)\n\n` +
-      `Exit codes:\n${codes.join("\n")}`,
+      `Exit codes:\n${codes(EXIT_MEANINGS)}`,
   );
   return program;
+}
+
+function codes(meanings: readonly (readonly [number | string, string])[]): string {
+  return meanings.map(([code, meaning]) => `  ${String(code).padEnd(4)}${meaning}`).join("\n");
 }
 
 function version({ json }: { json?: boolean }): void {
@@ -84,12 +93,21 @@ function help(program: Command, verb: string | undefined, { json }: { json?: boo
   const command = verb === undefined ? program : program.commands.find((c) => c.name() === verb);
   if (!command) program.error(`unknown command '${verb}'`);
   if (!json) return command.outputHelp();
+  const texts = program.createHelp();
   const describe = (one: Command): unknown => ({
     name: one.name(),
     summary: one.summary() || one.description(),
+    usage: texts.commandUsage(one),
+    description: one.description(),
     arguments: one.registeredArguments.map((argument) => argument.name()),
-    options: one.options.filter((option) => !option.hidden)
-      .map(({ flags, description }) => ({ flags, description })),
+    options: texts.visibleOptions(one).map((option) => ({
+      flags: option.flags,
+      description: texts.optionDescription(option),
+      group: option.helpGroupHeading ?? "Options:",
+    })),
+    exitCodes: [
+      ...new Map([...EXIT_MEANINGS, ...VERB_EXIT_MEANINGS[one.name()] ?? []]),
+    ].map(([code, meaning]) => ({ code, meaning })),
     commands: one.commands.map(describe),
   });
   console.log(JSON.stringify(describe(command)));
@@ -105,7 +123,8 @@ async function explainTarget(program: Command): Promise<void> {
 
 async function main(): Promise<number> {
   if (process.argv[2] === SERVE_VERB) return await runServer();
-  const json = process.argv.includes("--json");
+  const own = process.argv.slice(0, process.argv.length - commandOf(process.argv).length);
+  const json = own.includes("--json");
   try {
     const program = defineProgram();
     await explainTarget(program);

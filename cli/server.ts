@@ -6,14 +6,17 @@
  * inherited descriptors. The spec goes in on standard input, and answers come back on standard
  * output, one JSON object a line: the device's id once it exists, then `live` or `failed`. A
  * server that dies in between leaves a device, which the caller deletes.
+ *
+ * A caller that needs the device only while it lives itself keeps standard input open, as a leash:
+ * when it is let go, also by kill -9, the server deletes the device once nobody uses it.
  * @module
  */
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { appendFileSync } from "node:fs";
-import { text } from "node:stream/consumers";
 import { createInterface } from "node:readline";
 import process from "node:process";
+import type { Writable } from "node:stream";
 import { setTimeout as sleep } from "node:timers/promises";
 import {
   UBLK_F_NO_AUTO_PART_SCAN,
@@ -30,6 +33,7 @@ import { SECTOR_BYTES } from "../core/queue.ts";
 import { openInThread } from "../core/queue_thread.ts";
 import type { OpenTarget } from "../core/target.ts";
 import { readState, removeState, writeState } from "../core/state.ts";
+import { deviceUsers } from "../core/users.ts";
 import { rerunArguments, Shim } from "../ffi/mod.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import type { ModuleSpec } from "../targets/module.ts";
@@ -68,8 +72,12 @@ const RECOVERY_FLAGS: Record<RecoveryMode, bigint> = {
 
 const LOCK_PATIENCE_MS = 10_000;
 
+/** How often a server without a leash looks whether its device is still used. */
+const USERS_PAUSE_MS = 500;
+
 /** The hidden verb that makes a process a server. */
 export const SERVE_VERB = "__serve";
+const LEASHED = "--leashed";
 
 export interface Live {
   id: number;
@@ -96,6 +104,8 @@ export interface ServeOptions {
   onAdded: (id: number) => void;
   /** It is LIVE and its state file written. */
   onLive: (live: Live) => void;
+  /** Once it settles, the device is deleted as soon as nobody uses it. */
+  unneeded?: Promise<void>;
 }
 
 /**
@@ -108,7 +118,7 @@ export interface ServeOptions {
  */
 export async function serve(
   spec: ServerSpec,
-  { daemon, log, onAdded, onLive }: ServeOptions,
+  { daemon, log, onAdded, onLive, unneeded }: ServeOptions,
 ): Promise<void> {
   const stopOrdered = Promise.withResolvers<"signal">();
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
@@ -163,6 +173,8 @@ export async function serve(
   }
   try {
     onLive({ id, path: device.path, notes });
+    const { dialect } = control;
+    unneeded?.then(() => unused(dialect.blockName(id))).then(() => stopOrdered.resolve("signal"));
     const end = await Promise.race([device.ended, stopOrdered.promise]);
     const quiesced = end !== "signal" && await device.isQuiesced();
     if (end === "signal") await device.stop();
@@ -181,6 +193,10 @@ export async function serve(
 /** A device that a server may leave can also be told to be left, where the kernel knows how. */
 function quiescible({ features = 0n }: Control): bigint {
   return features & UBLK_F_QUIESCE;
+}
+
+async function unused(blockName: string): Promise<void> {
+  while ((await deviceUsers(blockName)).length > 0) await sleep(USERS_PAUSE_MS);
 }
 
 /**
@@ -219,7 +235,13 @@ async function openTarget(
 
 /** The hidden verb's whole program. */
 export async function runServer(): Promise<number> {
-  const spec = JSON.parse(await text(process.stdin)) as ServerSpec;
+  const input = createInterface({ input: process.stdin });
+  const leashed = process.argv.includes(LEASHED);
+  const letGo = new Promise<void>((resolve) => input.once("close", resolve));
+  const told = new Promise<string>((resolve) => input.once("line", resolve));
+  const line = await Promise.race([told, letGo]);
+  if (line === undefined) return EXIT.INTERRUPTED; // The caller died first.
+  const spec = JSON.parse(line) as ServerSpec;
   const answer = (message: Answer) => process.stdout.write(`${JSON.stringify(message)}\n`);
   // The caller is gone once it has its answer; what it left open must not end this process.
   process.stdout.on("error", () => {});
@@ -231,6 +253,7 @@ export async function runServer(): Promise<number> {
       log: logToKernel,
       onAdded: (id) => answer({ type: "added", id }),
       onLive: (live) => answer({ type: "live", live }),
+      ...(leashed && { unneeded: letGo }),
     });
     return EXIT.OK;
   } catch (error) {
@@ -250,10 +273,14 @@ export function logToKernel(message: string): void {
 /**
  * Starts a server process and waits until its device is LIVE.
  *
+ * @param hold takes the server's leash: the device lives until it is ended, or this process.
  * @throws {ReportedError} what the server said. @throws {UblkError} it died without a word.
  */
-export async function startServer(spec: ServerSpec): Promise<Live> {
-  const { live, child } = await spawnServer(spec, () => {});
+export async function startServer(
+  spec: ServerSpec,
+  hold?: (leash: Writable) => void,
+): Promise<Live> {
+  const { live, child } = await spawnServer(spec, () => {}, hold);
   child.unref();
   return live;
 }
@@ -262,10 +289,12 @@ export async function startServer(spec: ServerSpec): Promise<Live> {
 export async function spawnServer(
   spec: ServerSpec,
   onAdded: (id: number) => void,
+  hold?: (leash: Writable) => void,
 ): Promise<{ live: Live; child: ChildProcess }> {
   // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
   new Shim().native.ubd_close_on_exec();
-  const child = spawn(process.execPath, [...rerunArguments(), SERVE_VERB], {
+  const verb = hold ? [SERVE_VERB, LEASHED] : [SERVE_VERB];
+  const child = spawn(process.execPath, [...rerunArguments(), ...verb], {
     detached: true,
     cwd: "/",
     stdio: ["pipe", "pipe", "pipe"],
@@ -281,7 +310,9 @@ export async function spawnServer(
   let complaint = "";
   child.stderr.on("data", (data) => complaint = `${complaint}${data}`.slice(-2000));
   child.stdin.on("error", () => {});
-  child.stdin.end(JSON.stringify(spec));
+  child.stdin.write(`${JSON.stringify(spec)}\n`);
+  if (hold) hold(child.stdin);
+  else child.stdin.end();
 
   let added: number | undefined;
   const died = Promise.withResolvers<undefined>();

@@ -21,7 +21,7 @@ const hasDriver = existsSync("/dev/ublk-control") || existsSync("/dev/ubd-contro
 const driverSkip = hasDriver ? "the ublk driver is loaded" : false;
 
 const VERBS = [
-  ...["add", "del", "resize", "recover", "quiesce", "upgrade", "gc", "set_affinity"],
+  ...["add", "run", "del", "resize", "recover", "quiesce", "upgrade", "gc", "set_affinity"],
   ...["list", "info", "features", "version", "help"],
 ];
 
@@ -156,6 +156,23 @@ test("ubd add finds mistakes in the device before it opens the driver", TIMEOUT,
   mistake(["add", "null", "--recovery=maybe"], /^ubd: Recovery "maybe": say --recovery=wait or/);
 });
 
+test(
+  "ubd run wants a target and a command, and leaves the command's options alone",
+  TIMEOUT,
+  () => {
+    mistake(["run", "null"], "Which command? ubd run loop disk.img -- mkfs.ext4 {}");
+    mistake(["run", "null", "--"], "Which command? ubd run loop disk.img -- mkfs.ext4 {}");
+    mistake(["run", "--", "true"], /^ubd: Which target\?/);
+    mistake(
+      ["run", "loop", "a", "b", "--", "true"],
+      'What is "b"? ubd run TARGET [FILE] -- COMMAND',
+    );
+    mistake(["run", "null", "a", "--", "b", "c"], "Target null takes no file: that is for loop");
+    mistake(["run", "null", "--ro", "--", "a", "--json"], /^ubd: Target null takes no --ro/);
+    mistake(["run", "null", "--foreground", "--", "a"], /^ubd: unknown option '--foreground'/);
+  },
+);
+
 test("ubd --json tells a mistake on standard output too", TIMEOUT, () => {
   const { code, stdout, stderr } = ubd("del", "--json");
   const message = "Which device? ubd del -n ID, or ubd del --all";
@@ -183,6 +200,7 @@ test(
         ["del", "--all"],
         ["add", "null"],
         ["add", "null", "--foreground"],
+        ["run", "null", "--", "true"],
       ]
     ) {
       assert.deepStrictEqual(
