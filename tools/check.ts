@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /**
- * The house's rules, one name each: formatter, linter, types, and the layers.
+ * The house's rules, one name each: formatter, linter, types, the layers, and the verbs' pages.
  *
  *   bun tools/check.ts
  *
@@ -13,6 +13,7 @@ import { execFileSync } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { dirname, join, normalize } from "node:path";
 import { buildShim } from "./build_shim.ts";
+import { staleManPages } from "./man.ts";
 
 const ROOT = join(import.meta.dirname!, "..");
 
@@ -82,6 +83,10 @@ const CHECKS: readonly (readonly [string, () => void])[] = [
   ["layers", () => {
     const faults = layerFaults((file) => readFileSync(join(ROOT, file), "utf8"), sourceFiles());
     if (faults.length > 0) throw new Error(faults.join("\n"));
+  }],
+  ["man", () => {
+    const stale = staleManPages();
+    if (stale.length > 0) throw new Error(`run bun tools/man.ts: ${stale.join(", ")}`);
   }],
 ];
 
