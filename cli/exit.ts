@@ -42,6 +42,7 @@ export const EXIT_MEANINGS: readonly (readonly [number, string])[] = [
 export const VERB_EXIT_MEANINGS: Readonly<
   Record<string, readonly (readonly [number | string, string])[]>
 > = {
+  doctor: [[EXIT.OK, "nothing keeps ubd from working"], [EXIT.FAILURE, "something does"]],
   run: [
     ["any", "the command's exit code; 128 + n when signal n ended it"],
     [EXIT.BUSY, "image locked or id taken; or the command succeeded, and its device is in use"],

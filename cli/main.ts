@@ -14,6 +14,7 @@ import { VERSION } from "../core/version.ts";
 import { runtime } from "../ffi/mod.ts";
 import { defineAdd, targetHelp } from "./add.ts";
 import { defineDel } from "./del.ts";
+import { defineDoctor } from "./doctor.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure, VERB_EXIT_MEANINGS } from "./exit.ts";
 import { defineGc } from "./gc.ts";
 import { defineList } from "./list.ts";
@@ -42,6 +43,7 @@ function defineProgram(): Command {
   defineGc(program);
   defineSetAffinity(program);
   defineList(program);
+  defineDoctor(program);
   program.command("version")
     .summary("show versions")
     .description("Shows the versions of ubd, its runtime and the kernel.")

@@ -22,7 +22,7 @@ const driverSkip = hasDriver ? "the ublk driver is loaded" : false;
 
 const VERBS = [
   ...["add", "run", "del", "resize", "recover", "quiesce", "upgrade", "gc", "set_affinity"],
-  ...["list", "info", "features", "version", "help"],
+  ...["list", "info", "features", "doctor", "version", "help"],
 ];
 
 interface Outcome {

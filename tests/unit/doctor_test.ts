@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT
+/** kernelFindings: which kernels ubd doctor warns of. */
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { kernelFindings } from "../../cli/doctor.ts";
+
+const levels = (kernel: string, outer = true) =>
+  kernelFindings(kernel, outer).map(({ level }) => level);
+
+test("kernelFindings knows nothing against kernels that are good", () => {
+  for (
+    const kernel of [
+      ...["6.1.0-41-amd64", "6.6.87", "6.14.6", "6.16-rc1", "6.18.0", "6.18.6", "6.18.44-x"],
+      ...["6.17.13-azure", "7.2.13+deb14-amd64", "7.10.0"],
+    ]
+  ) {
+    assert.deepStrictEqual(levels(kernel), ["ok"], kernel);
+    assert.match(kernelFindings(kernel, true)[0]!.what, /, no known bug$/);
+  }
+});
+
+test("kernelFindings calls it a problem where no device can be added", () => {
+  for (const kernel of ["5.15.0-101-generic", "6.0.19", "4.4"]) {
+    assert.deepStrictEqual(levels(kernel), ["problem"], kernel);
+  }
+  for (const kernel of ["6.18.4", "6.18.5-arch1-1", "6.18.4-arch1-1"]) {
+    assert.deepStrictEqual(levels(kernel), ["ok", "problem"], kernel);
+  }
+  assert.deepStrictEqual(levels("6.17.0-1015-azure"), ["ok", "problem", "warning"]);
+  assert.deepStrictEqual(levels("6.17.0-5-generic", false), ["ok", "warning", "problem"]);
+});
+
+test("kernelFindings warns of kernels that can crash or wedge, and says what to do", () => {
+  for (
+    const [kernel, what] of [
+      ["6.8.0-45-generic", /CVE-2025-37906/],
+      ["6.12.57+deb13-amd64", /CVE-2025-37906/],
+      ["6.14.5", /CVE-2025-37906/],
+      ["6.18.40", /wedge/],
+      ["7.0.14-x", /wedge/],
+      ["6.17.0-5-generic", /stuck processes/],
+    ] as const
+  ) {
+    const [, finding, ...more] = kernelFindings(kernel, true);
+    assert.deepStrictEqual([finding?.level, more], ["warning", []], kernel);
+    assert.match(finding!.what, what);
+    assert.ok(finding!.why && finding!.mend);
+  }
+  assert.deepStrictEqual(levels("6.7.3"), ["ok", "warning", "warning"]);
+});
