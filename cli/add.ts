@@ -15,6 +15,7 @@ import { type Command, Option } from "commander";
 import { describeDevice, dumpDevice } from "./describe.ts";
 import { type Live, type RecoveryMode, serve, type ServerSpec, startServer } from "./server.ts";
 import { formatSize, parseInteger, parseSize } from "./size.ts";
+import { notify } from "./systemd.ts";
 
 export interface AddOptions {
   type?: string;
@@ -39,6 +40,7 @@ export interface AddOptions {
   recovery?: RecoveryMode;
   supervise?: boolean;
   partscan: boolean;
+  rootStorage?: boolean;
   uring_comp?: boolean;
   need_get_data?: boolean;
   user_recovery?: boolean;
@@ -139,6 +141,7 @@ export function defineDeviceOptions(command: Command): Command {
         .preset("reissue").argParser(parseRecovery),
     )
     .addOption(option("--no-partscan", "do not look for partitions", DEVICE))
+    .addOption(option("--root-storage", "systemd lets the server live through shutdown", DEVICE))
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
     .addOption(option("-f, --file <path>", "loop: the file or block device", TARGET))
     .addOption(
@@ -200,7 +203,10 @@ async function add(
   if (options.foreground) {
     const log = (text: string) => process.stderr.write(`ubd: ${text}\n`);
     let shown: Promise<void> | undefined;
-    const onLive = (live: Live) => shown = show(live, options);
+    const onLive = (live: Live) => {
+      notify(`READY=1\nSTATUS=${live.path} is live`);
+      shown = show(live, options);
+    };
     await serve(spec, { daemon: false, log, onAdded: () => {}, onLive });
     await shown;
   } else {
@@ -240,7 +246,10 @@ export function toSpec(
   if (options.supervise && options.foreground) {
     throw new UsageError("--supervise is for servers in the background: leave out --foreground");
   }
-  const recovery = toRecovery(options);
+  const lasting = {
+    ...toRecovery(options),
+    ...(options.rootStorage && { rootStorage: true }),
+  };
   const common = {
     ...(options.size !== undefined && { sizeBytes: options.size }),
     ...(options.blockSize !== undefined && { blockBytes: options.blockSize }),
@@ -256,7 +265,7 @@ export function toSpec(
     const file = isModule(name) ? { file: resolve(name) } : {};
     const own = { ...file, options: options.opt ?? {}, directory: process.cwd() };
     const target = { name: isModule(name) ? MODULE_TARGET : name, options: own };
-    return { device, ...recovery, target };
+    return { device, ...lasting, target };
   }
   if (options.opt) throw new UsageError(`Target ${name} takes no --opt`);
   if (name !== "loop") {
@@ -267,14 +276,14 @@ export function toSpec(
         : `no ${given === "o" ? "-o" : `--${given}`}`;
       throw new UsageError(`Target ${name} takes ${what}: that is for loop`);
     }
-    return { device, ...recovery, target: { name, options: common } };
+    return { device, ...lasting, target: { name, options: common } };
   }
   if (path === undefined) throw new UsageError("Which file? ubd add loop FILE");
   const offsetBytes = options.offset ?? (options.o ?? 0) * SECTOR_BYTES;
   if (offsetBytes < 0) throw new UsageError(`Offset ${offsetBytes}: it must not be negative`);
   return {
     device,
-    ...recovery,
+    ...lasting,
     target: {
       name,
       options: {

@@ -40,6 +40,7 @@ import type { ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
 import { EXIT, type Failure, toFailure } from "./exit.ts";
 import { supervise } from "./supervise.ts";
+import { surviveShutdown } from "./systemd.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
@@ -52,6 +53,8 @@ export interface ServerSpec {
   recovery?: RecoveryMode;
   /** A process of its own starts the server again when it dies. */
   supervise?: boolean;
+  /** A root file system may lie on it: the server must outlive all other processes. */
+  rootStorage?: boolean;
   /** Take over this device instead of adding one. */
   recover?: number;
   /** Id of the process that supervises this server; undefined: it is still to be started. */
@@ -126,6 +129,7 @@ export async function serve(
   }
   process.on("SIGHUP", () => daemon || stopOrdered.resolve("signal"));
 
+  if (spec.rootStorage) surviveShutdown();
   using control = await Control.open();
   const { name: targetName } = spec.target;
   const { recover, supervisor, ...lasting } = spec;

@@ -31,6 +31,7 @@ export const SYMBOLS = {
   ubd_open: { args: ["buffer", "u32"], result: "i32" },
   ubd_close: { args: ["i32"], result: "i32" },
   ubd_flock: { args: ["i32", "u32"], result: "i32" },
+  ubd_send_datagram: { args: ["buffer", "u32", "buffer", "u32"], result: "i32" },
   ubd_fdatasync: { args: ["i32"], result: "i32" },
   ubd_fallocate: { args: ["i32", "u32", "f64", "f64"], result: "i32" },
   ubd_probe_read: { args: ["i32", "u32", "f64"], result: "i32" },

@@ -146,6 +146,25 @@ export fn ubd_flock(fd: i32, operation: u32) i32 {
     return sys.call(.flock, .{ word(fd), operation, 0, 0, 0, 0 });
 }
 
+/// Sends one datagram to a Unix socket. `address` is what follows the family in sockaddr_un:
+/// a path, or a zero byte and an abstract name. node: has no such sockets.
+export fn ubd_send_datagram(address: ?[*]const u8, address_bytes: u32, data: ?[*]const u8, bytes: u32) i32 {
+    const af_unix = 1;
+    const sock_dgram_cloexec = 2 | 0o2000000;
+    var name: extern struct { family: u16 = af_unix, path: [108]u8 = @splat(0) } = .{};
+    const from = address orelse return -sys.EINVAL;
+    const message = data orelse return -sys.EINVAL;
+    if (address_bytes == 0 or address_bytes > name.path.len) return -sys.EINVAL;
+    for (name.path[0..address_bytes], from[0..address_bytes]) |*to, byte| to.* = byte;
+
+    const socket = sys.call(.socket, .{ af_unix, sock_dgram_cloexec, 0, 0, 0, 0 });
+    if (socket < 0) return socket;
+    const name_bytes = @sizeOf(u16) + address_bytes;
+    const sent = sys.call(.sendto, .{ word(socket), @intFromPtr(message), bytes, 0, @intFromPtr(&name), name_bytes });
+    _ = sys.call(.close, .{ word(socket), 0, 0, 0, 0, 0 });
+    return sent;
+}
+
 export fn ubd_fdatasync(fd: i32) i32 {
     return sys.call(.fdatasync, .{ word(fd), 0, 0, 0, 0, 0 });
 }

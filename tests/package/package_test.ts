@@ -78,9 +78,10 @@ test(
     const files = output(scratch, "tar", ["-tzf", tarball]).trimEnd().split("\n").sort();
     assert.ok(files.includes("package/dist/cli.js") && files.includes("package/dist/mod.js"));
     assert.ok(files.includes("package/mod.ts") && files.includes("package/ffi/shim_binary.ts"));
+    assert.ok(files.includes("package/systemd/ubd@.service"));
     assert.ok(files.includes("package/LICENSE") && files.includes("package/package.json"));
     const known =
-      /^package\/((abi|core|ffi|targets)\/\w+\.ts|mod\.ts|dist\/(cli|mod)\.js|package\.json|LICENSE|README\.md|CHANGELOG\.md)$/;
+      /^package\/((abi|core|ffi|targets)\/\w+\.ts|mod\.ts|dist\/(cli|mod)\.js|systemd\/ubd@\.service|package\.json|LICENSE|README\.md|CHANGELOG\.md)$/;
     assert.deepStrictEqual(files.filter((file) => !known.test(file)), []);
   },
 );

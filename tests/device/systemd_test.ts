@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+/** What a service manager sees of a server: the word that it is ready, and the mark in argv[0]. */
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import process from "node:process";
+import { deviceTest, gone, until } from "./helpers.ts";
+
+deviceTest("the manager is told when the device is LIVE, and SIGTERM deletes it", {
+  anyKernel: true,
+}, async (scene) => {
+  const socket = join(scene.directory, "notify");
+  const listener = scene.start([
+    ...["perl", "-MSocket", "-e"],
+    `$| = 1; socket(my $s, AF_UNIX, SOCK_DGRAM, 0) or die; bind($s, pack_sockaddr_un($ARGV[0]));
+     print "bound\\n"; recv($s, my $data, 4096, 0); print $data, "\\n", qx(ls /dev/ublkb*);`,
+    socket,
+  ]);
+  assert.ok(await until(() => listener.output() === "bound\n"));
+  const server = scene.start(["ubd", "add", "null", "--foreground", "--root-storage"], {
+    env: { NOTIFY_SOCKET: socket },
+  });
+  const { stdout } = await listener.ended;
+  const [, path] = /^bound\nREADY=1\nSTATUS=(\S+) is live\n/.exec(stdout) ?? assert.fail(stdout);
+  assert.ok(stdout.split("\n").includes(path!), stdout);
+  assert.ok(await until(() => server.output().includes("dev id")));
+  const device = scene.adopt(server.output());
+  assert.equal(readFileSync(`/proc/${device.pid}/cmdline`, "latin1")[0], "@");
+  process.kill(device.pid, "SIGTERM");
+  assert.equal((await server.ended).code, 0);
+  await gone(device);
+  scene.forget(device);
+});
+
+deviceTest("a server in the background is marked as root storage only when it is told", {
+  everywhere: true,
+  anyKernel: true,
+}, async (scene) => {
+  const first = (pid: number) => readFileSync(`/proc/${pid}/cmdline`, "latin1")[0];
+  const marked = await scene.add("null", "--root-storage");
+  const plain = await scene.add("null");
+  assert.deepEqual([first(marked.pid), first(plain.pid) === "@"], ["@", false]);
+  await scene.del(marked, plain);
+});
