@@ -104,3 +104,20 @@ deviceTest("run says who still uses its device, and it goes when they are done",
   assert.match(failed.stderr, /EBUSY/);
   assert.equal(await scene.sh(`cat ${point}/file; umount ${point}`), "kept");
 });
+
+deviceTest("Ctrl-C on a terminal reaches the command once, and the device is deleted", {
+  anyKernel: true,
+}, async (scene) => {
+  const command = "trap 'echo int >> ints' INT; echo {} > ready; " +
+    "until test -s ints; do sleep 0.1; done; sleep 1; exit 5";
+  await scene.sh(`cat > command.sh <<'END'
+ubd run null -- bash -c "${command}"
+echo $? > code
+END`);
+  await scene.sh(
+    `(until test -s ready; do sleep 0.1; done; printf '\\003'; until test -s code; do sleep 0.1; done) |
+       script -qec "bash -i command.sh" /dev/null`,
+  );
+  assert.equal(await scene.sh("cat ints code"), "int\n5");
+  assert.ok(!existsSync(await scene.sh("cat ready")));
+});
