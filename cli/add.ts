@@ -37,6 +37,7 @@ export interface AddOptions {
   /** Of a target written with defineTarget, by name. */
   opt?: Record<string, string>;
   foreground?: boolean;
+  mlock?: boolean;
   recovery?: RecoveryMode;
   supervise?: boolean;
   partscan: boolean;
@@ -142,6 +143,9 @@ export function defineDeviceOptions(command: Command): Command {
     )
     .addOption(option("--no-partscan", "do not look for partitions", DEVICE))
     .addOption(option("--root-storage", "systemd lets the server live through shutdown", DEVICE))
+    .addOption(
+      option("--mlock", "keep the server out of swap: about 200 MiB of memory for good", DEVICE),
+    )
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
     .addOption(option("-f, --file <path>", "loop: the file or block device", TARGET))
     .addOption(
@@ -249,6 +253,7 @@ export function toSpec(
   const lasting = {
     ...toRecovery(options),
     ...(options.rootStorage && { rootStorage: true }),
+    ...(options.mlock && { lockMemory: true }),
   };
   const common = {
     ...(options.size !== undefined && { sizeBytes: options.size }),

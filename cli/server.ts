@@ -2,10 +2,10 @@
 /**
  * The process that serves a device, and how `ubd add` starts it.
  *
- * `startServer` runs this program again, detached: own session, `/` as working directory, no
- * inherited descriptors. The spec goes in on standard input, and answers come back on standard
- * output, one JSON object a line: the device's id once it exists, then `live` or `failed`. A
- * server that dies in between leaves a device, which the caller deletes.
+ * `startServer` runs this program again, detached: own session, own mounts (core/isolation.ts),
+ * `/` as working directory, no inherited descriptors. The spec goes in on standard input, and
+ * answers come back on standard output, one JSON object a line: the device's id once it exists,
+ * then `live` or `failed`. A server that dies in between leaves a device, which the caller deletes.
  *
  * A caller that needs the device only while it lives itself keeps standard input open, as a leash:
  * when it is let go, also by kill -9, the server deletes the device once nobody uses it.
@@ -29,6 +29,13 @@ import {
 import { Control } from "../core/control.ts";
 import { Device, type DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
+import {
+  detachMounts,
+  harden,
+  hasOwnMounts,
+  inPrivateMounts,
+  mountNamespace,
+} from "../core/isolation.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { openInThread } from "../core/queue_thread.ts";
 import type { OpenTarget } from "../core/target.ts";
@@ -55,6 +62,8 @@ export interface ServerSpec {
   supervise?: boolean;
   /** A root file system may lie on it: the server must outlive all other processes. */
   rootStorage?: boolean;
+  /** Keep the server's memory out of swap. */
+  lockMemory?: boolean;
   /** Take over this device instead of adding one. */
   recover?: number;
   /** Id of the process that supervises this server; undefined: it is still to be started. */
@@ -131,6 +140,7 @@ export async function serve(
 
   if (spec.rootStorage) surviveShutdown();
   using control = await Control.open();
+  harden(control.shim, { lockMemory: spec.lockMemory ?? false });
   const { name: targetName } = spec.target;
   const { recover, supervisor, ...lasting } = spec;
   const { compInTask, noPartScan, ...options } = spec.device;
@@ -256,7 +266,18 @@ export async function runServer(): Promise<number> {
       daemon: true,
       log: logToKernel,
       onAdded: (id) => answer({ type: "added", id }),
-      onLive: (live) => answer({ type: "live", live }),
+      onLive: (live) => {
+        const [, , , callersNamespace = ""] = process.argv;
+        if (!hasOwnMounts(callersNamespace)) {
+          logToKernel(
+            `device ${live.id}: its server shares the mounts of who started it; ` +
+              `unmount ${live.path} there before it ends`,
+          );
+        } else if (!isDefined(spec.target.name)) {
+          detachMounts(new Shim());
+        }
+        answer({ type: "live", live });
+      },
       ...(leashed && { unneeded: letGo }),
     });
     return EXIT.OK;
@@ -296,13 +317,18 @@ export async function spawnServer(
   hold?: (leash: Writable) => void,
 ): Promise<{ live: Live; child: ChildProcess }> {
   // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
-  new Shim().native.ubd_close_on_exec();
-  const verb = hold ? [SERVE_VERB, LEASHED] : [SERVE_VERB];
-  const child = spawn(process.execPath, [...rerunArguments(), ...verb], {
-    detached: true,
-    cwd: "/",
-    stdio: ["pipe", "pipe", "pipe"],
-  });
+  const shim = new Shim();
+  shim.native.ubd_close_on_exec();
+  const args = [SERVE_VERB, mountNamespace(), ...(hold ? [LEASHED] : [])];
+  const child = inPrivateMounts(
+    shim,
+    () =>
+      spawn(process.execPath, [...rerunArguments(), ...args], {
+        detached: true,
+        cwd: "/",
+        stdio: ["pipe", "pipe", "pipe"],
+      }),
+  );
   let interrupted = false;
   const interrupt = () => {
     interrupted = true;

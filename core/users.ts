@@ -7,6 +7,7 @@
 
 import { readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
+import { unescapeMount } from "./isolation.ts";
 
 /** udev and its helpers look at every device that changes, and let go by themselves. */
 const PASSING = /^\(?(udev-worker|systemd-udevd|udevd|blkid|partx)\)?$/;
@@ -55,11 +56,6 @@ function mounts(nodes: Map<string, string>): string[] {
     }
   }
   return [...found];
-}
-
-/** mountinfo writes space, tab, newline and backslash as octal. */
-function unescapeMount(path: string): string {
-  return path.replaceAll(/\\([0-7]{3})/g, (_, digits) => String.fromCharCode(parseInt(digits, 8)));
 }
 
 function swaps(nodes: Map<string, string>): string[] {

@@ -43,6 +43,12 @@ export const SYMBOLS = {
   ubd_close_on_exec: { args: [], result: "i32" },
   ubd_set_affinity: { args: ["i32", "buffer"], result: "i32" },
   ubd_gettid: { args: [], result: "i32" },
+  ubd_leave_mounts: { args: ["buffer"], result: "i32" },
+  ubd_rejoin_mounts: { args: ["buffer"], result: "i32" },
+  ubd_detach_mount: { args: ["buffer"], result: "i32" },
+  ubd_io_flusher: { args: [], result: "i32" },
+  ubd_lock_memory: { args: [], result: "i32" },
+  ubd_make_char_node: { args: ["buffer", "u32", "u32"], result: "i32" },
 } as const satisfies Record<string, NativeFunction>;
 
 type Crossing<T extends NativeType> = T extends "buffer" ? ArrayBufferView<ArrayBuffer> : number;

@@ -131,10 +131,9 @@ fn word(value: i32) usize {
 
 /// open(2), always with O_CLOEXEC. node:fs cannot: Deno hides file descriptors.
 export fn ubd_open(path: ?[*:0]const u8, flags: u32) i32 {
-    const at_fdcwd = -100;
     const cloexec = 0o2000000;
     const checked = path orelse return -sys.EINVAL;
-    return sys.call(.openat, .{ word(at_fdcwd), @intFromPtr(checked), flags | cloexec, 0, 0, 0 });
+    return sys.call(.openat, .{ at_fdcwd, @intFromPtr(checked), flags | cloexec, 0, 0, 0 });
 }
 
 export fn ubd_close(fd: i32) i32 {
@@ -236,4 +235,87 @@ export fn ubd_set_affinity(tid: i32, cpus: ?*const [1024]u8) i32 {
 
 export fn ubd_gettid() i32 {
     return sys.call(.gettid, .{ 0, 0, 0, 0, 0, 0 });
+}
+
+const at_fdcwd: usize = @bitCast(@as(isize, -100));
+const clone_newns = 0x20000;
+const clone_fs = 0x200;
+
+/// What the calling thread left: its mount namespace, its root and its working directory.
+const Mounts = extern struct { namespace: i32, root: i32, cwd: i32 };
+
+/// Gives the calling thread a copy of its mounts in a namespace of its own, where nothing done to
+/// the old ones is seen; processes it starts from now on are born there. Other threads stay: a
+/// runtime that has already started threads cannot move as a whole.
+export fn ubd_leave_mounts(left: ?*Mounts) i32 {
+    const saved = left orelse return -sys.EINVAL;
+    const path_only = 0o10000000;
+    saved.namespace = ubd_open("/proc/thread-self/ns/mnt", 0);
+    saved.root = ubd_open("/", path_only);
+    saved.cwd = ubd_open(".", path_only);
+    var result = @min(saved.namespace, saved.root, saved.cwd);
+    if (result >= 0) result = sys.call(.unshare, .{ clone_newns, 0, 0, 0, 0, 0 });
+    if (result < 0) {
+        closeMounts(saved);
+        return result;
+    }
+    const recursive_private = 0x4000 | 1 << 18;
+    const root: [*:0]const u8 = "/";
+    result = sys.call(.mount, .{ 0, @intFromPtr(root), 0, recursive_private, 0, 0 });
+    if (result < 0) _ = ubd_rejoin_mounts(saved);
+    return result;
+}
+
+/// Takes the calling thread back to what ubd_leave_mounts made it leave.
+export fn ubd_rejoin_mounts(left: ?*Mounts) i32 {
+    const saved = left orelse return -sys.EINVAL;
+    defer closeMounts(saved);
+    // A thread may have been started meanwhile, and share the working directory.
+    var result = sys.call(.unshare, .{ clone_fs, 0, 0, 0, 0, 0 });
+    if (result < 0) return result;
+    result = sys.call(.setns, .{ word(saved.namespace), clone_newns, 0, 0, 0, 0 });
+    if (result < 0) return result;
+    // Now root and working directory are the namespace's: a caller's chroot must hold on.
+    const here: [*:0]const u8 = ".";
+    result = sys.call(.fchdir, .{ word(saved.root), 0, 0, 0, 0, 0 });
+    if (result >= 0) result = sys.call(.chroot, .{ @intFromPtr(here), 0, 0, 0, 0, 0 });
+    if (result >= 0) result = sys.call(.fchdir, .{ word(saved.cwd), 0, 0, 0, 0, 0 });
+    return result;
+}
+
+fn closeMounts(saved: *const Mounts) void {
+    for ([_]i32{ saved.namespace, saved.root, saved.cwd }) |fd| {
+        if (fd >= 0) _ = ubd_close(fd);
+    }
+}
+
+/// umount2(2) with MNT_DETACH: the mount leaves the tree now, and ends with its last user.
+export fn ubd_detach_mount(path: ?[*:0]const u8) i32 {
+    const detach = 2;
+    const checked = path orelse return -sys.EINVAL;
+    return sys.call(.umount2, .{ @intFromPtr(checked), detach, 0, 0, 0, 0 });
+}
+
+/// Tells the kernel that the calling thread, and those it starts, serve I/O: memory they ask for
+/// must not be found by writing to the very device they serve.
+export fn ubd_io_flusher() i32 {
+    const pr_set_io_flusher = 57;
+    return sys.call(.prctl, .{ pr_set_io_flusher, 1, 0, 0, 0, 0 });
+}
+
+/// mlockall(2) of all pages that are or will be touched. Not of those that are only mapped: a
+/// runtime maps gigabytes that it never uses.
+export fn ubd_lock_memory() i32 {
+    const current_future_onfault = 1 | 2 | 4;
+    return sys.call(.mlockall, .{ current_future_onfault, 0, 0, 0, 0, 0 });
+}
+
+/// mknod(2) of a character device that only its owner may open, as this user's.
+export fn ubd_make_char_node(path: ?[*:0]const u8, major: u32, minor: u32) i32 {
+    const char_device = 0o020600;
+    const checked = path orelse return -sys.EINVAL;
+    // The kernel's 32-bit form: 12 bits of major, 20 of minor.
+    if (major > 0xfff or minor > 0xfffff) return -sys.EINVAL;
+    const device = (minor & 0xff) | major << 8 | (minor & ~@as(u32, 0xff)) << 12;
+    return sys.call(.mknodat, .{ at_fdcwd, @intFromPtr(checked), char_device, device, 0, 0 });
 }

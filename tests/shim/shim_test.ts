@@ -54,7 +54,7 @@ function tryQueue(config: Partial<QueueConfig>): number {
 }
 
 /** Descriptors of the kinds that the shim makes; the runtime's own come and go. */
-const openFds = () => openPaths().filter((path) => /io_uring|eventfd|ubd-/.test(path)).length;
+const openFds = () => openPaths().filter((path) => /io_uring|eventfd|ubd-|mnt:/.test(path)).length;
 
 /** What is open, apart from the descriptor of the listing itself. */
 function openPaths(): string[] {
@@ -261,6 +261,10 @@ test("file calls answer -errno for bad descriptors, pointers, offsets and sizes"
     ["send_datagram long name", native.ubd_send_datagram(out, 109, out, 1), -EINVAL],
     ["ioctl null", native.ubd_ioctl(fd, 0, NULL), -EINVAL],
     ["wake", native.ubd_wake(-1), -EBADF],
+    ["detach_mount null", native.ubd_detach_mount(NULL), -EINVAL],
+    ["make_char_node null", native.ubd_make_char_node(NULL, 1, 3), -EINVAL],
+    ["make_char_node major", native.ubd_make_char_node(out, 4096, 0), -EINVAL],
+    ["make_char_node minor", native.ubd_make_char_node(out, 0, 1 << 20), -EINVAL],
     ["layout null", native.ubd_layout(NULL, 0), -EINVAL],
     ["close good", native.ubd_close(fd), 0],
     ["close again", native.ubd_close(fd), -EBADF],
@@ -279,6 +283,15 @@ test("ubd_gettid names this thread", () => {
   const link = readlinkSync("/proc/thread-self");
   assert.match(link, new RegExp(`^${process.pid}/task/\\d+$`));
   assert.ok(readdirSync("/proc/self/task").includes(String(native.ubd_gettid())));
+});
+
+test("ubd_io_flusher marks this thread, where that is permitted", () => {
+  const result = native.ubd_io_flusher();
+  const { EPERM } = ERRNO;
+  assert.ok(result === 0 || result === -EPERM, `${result}`);
+  // PF_MEMALLOC_NOIO, in the flags behind the name, which may hold spaces.
+  const flags = readFileSync("/proc/thread-self/stat", "utf8").split(") ").pop()!.split(" ")[6];
+  assert.strictEqual((Number(flags) & 0x80000) !== 0, result === 0);
 });
 
 test("queues and control rings leave no descriptor behind, refused ones included", () => {
@@ -476,6 +489,26 @@ function unmount(directory: string): void {
 
 const trial = mountNoexec();
 if (trial) unmount(trial);
+
+test("a thread that leaves its mounts comes back to them, root and working directory too", {
+  skip: trial ? false : "needs the right to mount a file system",
+}, () => {
+  const here = () => ["ns/mnt", "root", "cwd"].map((it) => readlinkSync(`/proc/thread-self/${it}`));
+  const [before, cwd] = [here(), process.cwd()];
+  leavesNoDescriptor(() => {
+    const left = new Int32Array(3);
+    assert.strictEqual(native.ubd_leave_mounts(left), 0);
+    const away = here();
+    assert.notStrictEqual(away[0], before[0]);
+    assert.deepStrictEqual(away.slice(1), before.slice(1));
+    assert.doesNotMatch(readFileSync("/proc/thread-self/mountinfo", "utf8"), / shared:/);
+    assert.strictEqual(native.ubd_rejoin_mounts(left), 0);
+    assert.deepStrictEqual(here(), before);
+  });
+  assert.strictEqual(process.cwd(), cwd);
+  assert.strictEqual(native.ubd_leave_mounts(NULL as unknown as Int32Array<ArrayBuffer>), -EINVAL);
+  assert.strictEqual(native.ubd_rejoin_mounts(new Int32Array([-1, -1, -1])), -EBADF);
+});
 
 test("loadShim falls back where TMPDIR is mounted noexec, and keeps no file open there", {
   skip: trial ? false : "needs the right to mount a file system",

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: MIT
+/**
+ * What keeps a server from waiting for itself.
+ *
+ * - Mounts. A process that ends gives up its mount namespace; when it was the last one there, the
+ *   kernel unmounts what is mounted there first. Is that a file system on the device which this
+ *   process serves, both wait for ever. So a server lives in a namespace of its own, where no
+ *   mount made later appears (`inPrivateMounts`), and keeps none of those that were there
+ *   (`detachMounts`): whoever unmounts them finds them gone. A target of somebody's own may open
+ *   files at any time, so it keeps them.
+ * - Memory. Looking for free memory, the kernel may write to the device; the server must not be
+ *   the one who waits for that (`harden`, and PR_SET_IO_FLUSHER in each queue thread).
+ * @module
+ */
+
+import { readFileSync, readlinkSync, writeFileSync } from "node:fs";
+import process from "node:process";
+import type { Shim } from "../ffi/mod.ts";
+import { UblkError } from "./error.ts";
+
+/** Names this thread's mount namespace; the main thread's children are born in it. */
+export function mountNamespace(): string {
+  try {
+    return readlinkSync("/proc/thread-self/ns/mnt");
+  } catch {
+    return "";
+  }
+}
+
+/**
+ * Runs `start`, which starts a process, so that the process has mounts of its own. Where that is
+ * not permitted, it has the caller's. UBD_DEBUG_SHARED_MOUNTS=1 asks for that.
+ */
+export function inPrivateMounts<T>(shim: Shim, start: () => T): T {
+  const left = new Int32Array(3);
+  const shared = process.env.UBD_DEBUG_SHARED_MOUNTS === "1";
+  if (shared || shim.native.ubd_leave_mounts(left) < 0) return start();
+  try {
+    return start();
+  } finally {
+    shim.native.ubd_rejoin_mounts(left);
+  }
+}
+
+/** Where a running server still opens files: all else it has open, mapped or loaded. */
+const NEEDED = ["/dev", "/etc", "/proc", "/run", "/sys", "/usr"];
+
+/** @param callersNamespace what `mountNamespace` said to the process that started this one */
+export function hasOwnMounts(callersNamespace: string): boolean {
+  const own = mountNamespace();
+  return own !== "" && callersNamespace !== "" && own !== callersNamespace;
+}
+
+/** Drops the mounts that a built-in target does not need. Only for who `hasOwnMounts`. */
+export function detachMounts(shim: Shim): void {
+  const keep = [...NEEDED, process.execPath];
+  const points = readFileSync("/proc/thread-self/mountinfo", "utf8").trimEnd().split("\n")
+    .map((line) => unescapeMount(line.split(" ")[4]!));
+  const leads = (point: string, path: string) =>
+    point === "/" || `${path}/`.startsWith(`${point}/`);
+  for (const point of points.reverse()) {
+    if (keep.some((path) => leads(point, path))) continue;
+    shim.native.ubd_detach_mount(new TextEncoder().encode(`${point}\0`));
+  }
+}
+
+/** mountinfo writes space, tab, newline and backslash as octal. */
+export function unescapeMount(path: string): string {
+  return path.replaceAll(/\\([0-7]{3})/g, (_, digits) => String.fromCharCode(parseInt(digits, 8)));
+}
+
+/**
+ * Makes the kernel spare this process when memory is short. What is not permitted is left out.
+ *
+ * @throws {UblkError} memory cannot be locked, though that was asked for.
+ */
+export function harden(shim: Shim, { lockMemory }: { lockMemory: boolean }): void {
+  process.umask(0o077);
+  // As other daemons that serve storage: without this process, nothing can be written back.
+  try {
+    writeFileSync("/proc/self/oom_score_adj", "-1000");
+  } catch { /* lowering it takes CAP_SYS_RESOURCE */ }
+  shim.native.ubd_io_flusher(); // So that threads started from here on inherit it.
+  const result = lockMemory ? shim.native.ubd_lock_memory() : 0;
+  if (result < 0) {
+    const hint = "raise ulimit -l, run as root, or leave out --mlock";
+    throw UblkError.from(result, "lock memory", { hint });
+  }
+}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT
+/** The server keeps apart from its surroundings: mounts, memory, descriptors, limits. */
+
+import assert from "node:assert/strict";
+import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import process from "node:process";
+import { test } from "node:test";
+import {
+  type Added,
+  cannotRun,
+  deviceTest,
+  FULL,
+  scaled,
+  Scene,
+  servers,
+  sleep,
+  until,
+} from "./helpers.ts";
+
+const statusOf = (pid: number, key: string) =>
+  new RegExp(`^${key}:\\s+(.*)$`, "m").exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1];
+
+/** Flags of a thread, behind its name, which may hold spaces. */
+function threadFlags(pid: number, tid: number | string): number {
+  const fields = readFileSync(`/proc/${pid}/task/${tid}/stat`, "utf8").split(") ").pop()!;
+  return Number(fields.split(" ")[6]);
+}
+
+const PF_MEMALLOC_NOIO = 0x80000;
+
+deviceTest("the server has its own mounts, and no other's; its threads flush I/O", {
+  everywhere: true,
+}, async (scene) => {
+  const point = await scene.mount("point", "-t tmpfs tmpfs");
+  const device = await scene.add("loop", scene.image("disk", 16 << 20), "-q", "2");
+  const { pid } = device;
+  const namespaces = readdirSync(`/proc/${pid}/task`)
+    .map((tid) => readlinkSync(`/proc/${pid}/task/${tid}/ns/mnt`));
+  assert.equal(new Set(namespaces).size, 1, "all threads are in the same namespace");
+  assert.notEqual(namespaces[0], readlinkSync("/proc/self/ns/mnt"));
+  const mounts = readFileSync(`/proc/${pid}/mountinfo`, "utf8");
+  assert.doesNotMatch(mounts, / (shared|master):/);
+  assert.ok(!mounts.includes(point), mounts);
+  assert.ok(!mounts.includes(scene.directory), mounts);
+  assert.ok(readFileSync("/proc/self/mountinfo", "utf8").includes(point), "it is still mounted");
+
+  const tids = [...device.stdout.matchAll(/queue \d+: tid (\d+) /g)].map(([, tid]) => tid!);
+  assert.equal(tids.length, 2);
+  for (const tid of tids) assert.ok(threadFlags(pid, tid) & PF_MEMALLOC_NOIO, `thread ${tid}`);
+  assert.equal(readFileSync(`/proc/${pid}/oom_score_adj`, "utf8").trim(), "-1000");
+  assert.equal(statusOf(pid, "Umask"), "0077");
+  assert.equal(readlinkSync(`/proc/${pid}/cwd`), "/");
+  // The backing outlives its mount point, and the device serves on.
+  await scene.sh(`head -c 1M /dev/urandom > data; dd status=none if=data of=${device.path} \
+    bs=64k oflag=direct; cmp -n 1M data ${device.path}`);
+  await scene.del(device);
+});
+
+deviceTest("a server with --mlock keeps its memory locked, and serves", {
+  everywhere: true,
+}, async (scene) => {
+  const device = await scene.add("loop", scene.image("disk", 32 << 20), "--mlock");
+  await scene.sh(`head -c 24M /dev/urandom > data; dd status=none if=data of=${device.path} \
+    bs=256k oflag=direct; cmp -n 24M data ${device.path}`);
+  const kiB = (key: string) => Number.parseInt(statusOf(device.pid, key)!);
+  assert.ok(kiB("VmLck") > kiB("VmRSS") / 2, `${kiB("VmLck")} of ${kiB("VmRSS")} KiB`);
+  await scene.del(device);
+});
+
+/**
+ * A shell with mounts of its own mounts the device that it has added, writes to it, and ends. If
+ * the server shares its mounts, the file system now hangs on the server alone.
+ */
+async function leaveMounted(scene: Scene, env: Record<string, string>): Promise<Added> {
+  const image = scene.image("disk", 64 << 20);
+  const script = `ubd add loop ${image} && device=$(ls -t /dev/ublkb* | head -1) &&
+    mkfs.ext4 -q -E lazy_itable_init=1 $device && mount $device /mnt &&
+    head -c 1M /dev/zero | tr '\\0' x > /mnt/file`;
+  const command = ["unshare", "-m", "bash", "-euc", script];
+  const { code, stdout, stderr } = await scene.run(command, { env });
+  assert.equal(code, 0, stderr);
+  return scene.adopt(stdout, stderr);
+}
+
+deviceTest("a file system that was mounted where the server started goes with its shell", {
+  anyKernel: true,
+}, async (scene) => {
+  const device = await leaveMounted(scene, {});
+  const image = `${scene.directory}/disk`;
+  await scene.del(device); // Not --force: nobody has it mounted any more.
+  await scene.sh(`fsck.ext4 -fn ${image} > /dev/null
+    debugfs -R 'cat /file' ${image} 2> /dev/null | tr -d x | cmp - /dev/null
+    test $(debugfs -R 'cat /file' ${image} 2> /dev/null | wc -c) = 1048576`);
+
+  const killed = await leaveMounted(scene, {});
+  process.kill(killed.pid, "SIGKILL");
+  assert.ok(await until(() => !servers().includes(killed.pid)), "the server does not end");
+  await scene.del(killed);
+});
+
+/** It leaves a device that nothing but a reboot removes: only in a guest of its own. */
+test("with shared mounts the same deadlocks (in a guest of its own: UBD_DEADLOCK=1)", {
+  skip: cannotRun || process.env.UBD_DEADLOCK !== "1",
+  timeout: 120_000,
+}, async () => {
+  const scene = new Scene();
+  const device = await leaveMounted(scene, { UBD_DEBUG_SHARED_MOUNTS: "1" });
+  await sleep(1000);
+  process.kill(device.pid, "SIGKILL");
+  assert.equal(await until(() => !servers().includes(device.pid), 30_000), false);
+  assert.match(statusOf(device.pid, "State")!, /^[DZ]/);
+  const stacks = readdirSync(`/proc/${device.pid}/task`)
+    .map((tid) => readFileSync(`/proc/${device.pid}/task/${tid}/stack`, "utf8")).join("");
+  assert.match(stacks, /free_mnt_ns|put_mnt_ns|exit_nsproxy|exit_task_namespaces|cleanup_mnt/);
+});
+
+deviceTest("swap on a loop device survives memory pressure", {
+  limitS: scaled(180, 600),
+  anyKernel: true,
+}, async (scene) => {
+  const device = await scene.add("loop", scene.image("disk", 512 << 20));
+  await scene.sh(`mkswap ${device.path} > /dev/null; swapon ${device.path}
+    echo +memory > /sys/fs/cgroup/cgroup.subtree_control
+    mkdir /sys/fs/cgroup/tight; echo 24M > /sys/fs/cgroup/tight/memory.max`);
+  scene.finally(() => scene.sh(`swapoff ${device.path} || true; rmdir /sys/fs/cgroup/tight`));
+  const start = performance.now();
+  let rounds = 0;
+  do {
+    // tail keeps all of it in memory, three times what its group may have.
+    await scene.sh(`head -c 64M /dev/urandom > data
+      { echo 0 > /sys/fs/cgroup/tight/cgroup.procs; tail -c 64M < <(cat data); } | cmp - data`);
+    rounds++;
+  } while (FULL && performance.now() - start < 300_000);
+  const { oom_kill } = Object.fromEntries(
+    readFileSync("/sys/fs/cgroup/tight/memory.events", "utf8").trim().split("\n")
+      .map((line) => line.split(" ")),
+  );
+  assert.equal(oom_kill, "0");
+  const sectors = readFileSync(`/sys/block/${device.name}/stat`, "utf8").trim().split(/\s+/)[6];
+  assert.ok(
+    Number(sectors) * 512 > (30 << 20) * rounds,
+    `only ${sectors} sectors were swapped out`,
+  );
+  await scene.sh(`swapoff ${device.path}`);
+  await scene.del(device);
+});
