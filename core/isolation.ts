@@ -15,7 +15,7 @@
 
 import { readFileSync, readlinkSync, writeFileSync } from "node:fs";
 import process from "node:process";
-import type { Shim } from "../ffi/mod.ts";
+import { canLockMemory, runtime, type Shim } from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
 
 /** Names this thread's mount namespace; the main thread's children are born in it. */
@@ -81,7 +81,12 @@ export function harden(shim: Shim, { lockMemory }: { lockMemory: boolean }): voi
     writeFileSync("/proc/self/oom_score_adj", "-1000");
   } catch { /* lowering it takes CAP_SYS_RESOURCE */ }
   shim.native.ubd_io_flusher(); // So that threads started from here on inherit it.
-  const result = lockMemory ? shim.native.ubd_lock_memory() : 0;
+  if (!lockMemory) return;
+  if (!canLockMemory) {
+    const hint = `${runtime} cannot run in locked memory; use the executable or Bun`;
+    throw new UblkError({ errno: "EOPNOTSUPP", operation: "lock memory", hint });
+  }
+  const result = shim.native.ubd_lock_memory();
   if (result < 0) {
     const hint = "raise ulimit -l, run as root, or leave out --mlock";
     throw UblkError.from(result, "lock memory", { hint });

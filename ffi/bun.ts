@@ -9,6 +9,7 @@ const TYPE_NAMES = { u32: "u32", i32: "i32", f64: "f64", buffer: "ptr" } as cons
 
 export const adapter: Adapter = {
   runtime: `Bun ${process.versions.bun}`,
+  canLockMemory: true,
 
   rerunArguments() {
     return import.meta.url.includes("/$bunfs/") ? [] : [process.argv[1]!];

@@ -14,6 +14,7 @@ function importMap(): string {
 
 export const adapter: Adapter = {
   runtime: `Deno ${Deno.version.deno}`,
+  canLockMemory: false,
 
   rerunArguments() {
     if (Deno.build.standalone) return [];

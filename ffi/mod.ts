@@ -18,6 +18,9 @@ const { adapter }: { adapter: Adapter } = "Bun" in globalThis
 /** Name and version of the runtime, such as "Bun 1.4.5". */
 export const runtime: string = adapter.runtime;
 
+/** Whether this runtime bears mlockall. */
+export const canLockMemory: boolean = adapter.canLockMemory;
+
 /** Arguments that make process.execPath run this program again. */
 export const rerunArguments: () => string[] = adapter.rerunArguments;
 

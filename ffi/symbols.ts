@@ -66,6 +66,8 @@ export type Native<Table extends Record<string, NativeFunction> = typeof SYMBOLS
 export interface Adapter {
   /** Name and version, for `ubd version`. */
   readonly runtime: string;
+  /** Whether it runs in memory that is locked: V8 ends when the kernel refuses to drop pages. */
+  readonly canLockMemory: boolean;
   /** What to put behind process.execPath to start this program again; empty when compiled. */
   rerunArguments(): string[];
   /** Loads a shared library. Throws the runtime's own error when it cannot. */

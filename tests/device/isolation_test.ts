@@ -2,7 +2,7 @@
 /** The server keeps apart from its surroundings: mounts, memory, descriptors, limits. */
 
 import assert from "node:assert/strict";
-import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
 import process from "node:process";
 import { test } from "node:test";
 import {
@@ -10,9 +10,9 @@ import {
   cannotRun,
   deviceTest,
   FULL,
+  RUNNER,
   scaled,
   Scene,
-  servers,
   sleep,
   until,
 } from "./helpers.ts";
@@ -59,6 +59,12 @@ deviceTest("the server has its own mounts, and no other's; its threads flush I/O
 deviceTest("a server with --mlock keeps its memory locked, and serves", {
   everywhere: true,
 }, async (scene) => {
+  if (RUNNER === "deno") {
+    const { code, stderr } = await scene.ubd("add", "null", "--mlock");
+    assert.equal(code, 1);
+    assert.match(stderr, /lock memory: EOPNOTSUPP.*Deno.*executable/);
+    return;
+  }
   const device = await scene.add("loop", scene.image("disk", 32 << 20), "--mlock");
   await scene.sh(`head -c 24M /dev/urandom > data; dd status=none if=data of=${device.path} \
     bs=256k oflag=direct; cmp -n 24M data ${device.path}`);
@@ -94,7 +100,7 @@ deviceTest("a file system that was mounted where the server started goes with it
 
   const killed = await leaveMounted(scene, {});
   process.kill(killed.pid, "SIGKILL");
-  assert.ok(await until(() => !servers().includes(killed.pid)), "the server does not end");
+  assert.ok(await until(() => !existsSync(`/proc/${killed.pid}`)), "the server does not end");
   await scene.del(killed);
 });
 
@@ -107,11 +113,10 @@ test("with shared mounts the same deadlocks (in a guest of its own: UBD_DEADLOCK
   const device = await leaveMounted(scene, { UBD_DEBUG_SHARED_MOUNTS: "1" });
   await sleep(1000);
   process.kill(device.pid, "SIGKILL");
-  assert.equal(await until(() => !servers().includes(device.pid), 30_000), false);
-  assert.match(statusOf(device.pid, "State")!, /^[DZ]/);
+  assert.equal(await until(() => !existsSync(`/proc/${device.pid}`), 30_000), false);
   const stacks = readdirSync(`/proc/${device.pid}/task`)
     .map((tid) => readFileSync(`/proc/${device.pid}/task/${tid}/stack`, "utf8")).join("");
-  assert.match(stacks, /free_mnt_ns|put_mnt_ns|exit_nsproxy|exit_task_namespaces|cleanup_mnt/);
+  assert.match(stacks, /cleanup_mnt|generic_shutdown_super/, stacks);
 });
 
 deviceTest("swap on a loop device survives memory pressure", {
