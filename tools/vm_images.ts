@@ -21,6 +21,7 @@ import { basename, join } from "node:path";
 import { cached } from "./cache.ts";
 import {
   acquireSettings,
+  ensureHostPackages,
   fetchPackages,
   newestPackage,
   retryWithFreshIndex,
@@ -31,7 +32,18 @@ import { run } from "./run.ts";
 
 const INITRD_SCRIPT = join(import.meta.dirname!, "guest/initrd.sh");
 
-/** The kernels a guest can boot: `newest` is Debian unstable's, `6.12` is Debian 13's. */
+interface KernelSource {
+  suite: string;
+  pattern: RegExp;
+  packages: (release: string) => string[];
+  /** What the driver is built from, where Debian's kernel comes without it. */
+  driverPackages?: (release: string) => string[];
+}
+
+/**
+ * The kernels a guest can boot: `newest` is Debian unstable's, `6.12` is Debian 13's, `6.1` is
+ * Debian 12's.
+ */
 export const KERNELS = {
   "newest": {
     suite: "sid",
@@ -44,7 +56,16 @@ export const KERNELS = {
     pattern: /linux-image-6\.12\.[0-9.]+\+[a-z0-9]+-amd64/,
     packages: (release: string) => [`linux-image-${release}`],
   },
-} as const;
+  "6.1": {
+    suite: "bookworm",
+    pattern: /linux-image-6\.1\.0-[0-9]+-amd64/,
+    packages: (release: string) => [`linux-image-${release}`],
+    driverPackages: (release: string) => [
+      ...["linux-source-6.1", "linux-kbuild-6.1", `linux-headers-${release}`],
+      `linux-headers-${release.replace("amd64", "common")}`,
+    ],
+  },
+} as const satisfies Record<string, KernelSource>;
 
 export type KernelName = keyof typeof KERNELS;
 
@@ -67,7 +88,7 @@ function imageKey(...contents: string[]): string {
 
 /** A directory with `vmlinux`, `initrd` and `modules.img`, an ext4 image for /lib/modules. */
 export async function kernelImages(kernel: KernelName): Promise<string> {
-  const { suite, pattern, packages } = KERNELS[kernel];
+  const { suite, pattern, packages, driverPackages }: KernelSource = KERNELS[kernel];
   return await retryWithFreshIndex({ suite }, async () => {
     const { name, version } = await newestPackage({ suite, pattern });
     const release = name.replace(/^linux-[a-z]+-/, "");
@@ -75,6 +96,10 @@ export async function kernelImages(kernel: KernelName): Promise<string> {
       const unpacked = join(directory, "unpacked");
       await unpackPackages({ suite, packages: packages(release) }, unpacked);
       const modules = await gatherModules(unpacked, release, directory);
+      if (driverPackages) {
+        await unpackPackages({ suite, packages: driverPackages(release) }, unpacked);
+        await buildDriver(unpacked, release, modules);
+      }
       await run("depmod", ["-b", join(directory, "root"), release]);
       await makeInitrd(directory, release);
       await makeExt4(join(directory, "modules.img"), { content: join(modules, "..") });
@@ -107,7 +132,7 @@ async function gatherModules(
   // An emulated processor takes long to decompress what the host does in a moment, once.
   await run("sh", [
     "-c",
-    `find "$1" -name '*.ko.xz' -print0 | xargs -0 -P 0 -n 100 xz -d`,
+    `find "$1" -name '*.ko.xz' -print0 | xargs -0 -r -P 0 -n 100 xz -d`,
     "sh",
     found,
   ]);
@@ -115,6 +140,29 @@ async function gatherModules(
   mkdirSync(join(modules, ".."), { recursive: true });
   renameSync(found, modules);
   return modules;
+}
+
+/** Compiles ublk_drv, out of the kernel's source and against its headers, into `modules`. */
+async function buildDriver(unpacked: string, release: string, modules: string): Promise<void> {
+  await ensureHostPackages(["gcc", "make", "libc6-dev"]);
+  const sources = join(unpacked, "usr/src");
+  const headers = join(sources, `linux-headers-${release}`);
+  const makefile = join(headers, "Makefile");
+  writeFileSync(makefile, readFileSync(makefile, "utf8").replaceAll("/usr/src/", `${sources}/`));
+
+  const name = "linux-source-6.1";
+  const driver = "drivers/block/ublk_drv.c";
+  const directory = join(unpacked, "driver");
+  mkdirSync(directory);
+  await run("tar", [
+    ...["-xJf", join(sources, `${name}.tar.xz`), "-C", directory, "--strip-components=3"],
+    `${name}/${driver}`,
+  ]);
+  writeFileSync(join(directory, "Makefile"), "obj-m := ublk_drv.o\n");
+  // The compiler is the host's, not the one by which the kernel was built.
+  await run("make", ["-s", "-C", headers, `M=${directory}`, "CC=gcc", "modules"]);
+  await run("strip", ["--strip-debug", join(directory, "ublk_drv.ko")]);
+  cpSync(join(directory, "ublk_drv.ko"), join(modules, "kernel/drivers/block/ublk_drv.ko"));
 }
 
 /**

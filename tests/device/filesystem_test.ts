@@ -37,6 +37,7 @@ async function surviveUnmounts(scene: Scene, type: keyof typeof MAKE): Promise<v
 
 deviceTest("ext4 on a loop device keeps its files, through remounts and in the image", {
   limitS: 300,
+  oldest: true,
 }, (scene) => surviveUnmounts(scene, "ext4"));
 
 deviceTest("xfs on a loop device keeps its files, through remounts and in the image", {

@@ -9,8 +9,8 @@
  * - every test has a time limit, after which what it started is killed;
  * - after every test: no device, state file or server is left, and the kernel did not complain.
  *
- * Environment: UBD_RUNNER (bun, deno or binary) says what `ubd` is, UBD_KERNEL (newest or 6.12)
- * which kernel this is, UBD_SCALE (small or full) how often a thing is repeated.
+ * Environment: UBD_RUNNER (bun, deno or binary) says what `ubd` is, UBD_KERNEL (newest, 6.12
+ * or 6.1) which kernel this is, UBD_SCALE (small or full) how often a thing is repeated.
  * @module
  */
 
@@ -128,19 +128,27 @@ export interface Added {
  * @param options.everywhere also as Bun and Deno from source; the others run so at full scale only,
  * because a guest is slow and most of what they test does not depend on the runtime.
  * @param options.anyKernel does not depend on the kernel: older ones run it at full scale only.
+ * @param options.oldest also on 6.1, which lacks most features; nothing else runs there.
  * @param options.skip another reason not to run.
  */
 export function deviceTest(
   name: string,
-  options: { limitS?: number; everywhere?: boolean; anyKernel?: boolean; skip?: string | false },
+  options: {
+    limitS?: number;
+    everywhere?: boolean;
+    anyKernel?: boolean;
+    oldest?: boolean;
+    skip?: string | false;
+  },
   body: (scene: Scene) => Promise<void>,
 ): void {
   const limitMs = (options.limitS ?? 180) * 1000;
   const elsewhere = !options.everywhere && !FULL && RUNNER !== "binary" &&
     "at small scale, only as the executable";
-  const older = options.anyKernel && !FULL && KERNEL !== "newest" &&
+  const oldest = KERNEL === "6.1" && !options.oldest && "not on Linux 6.1";
+  const older = options.anyKernel && !options.oldest && !FULL && KERNEL !== "newest" &&
     "at small scale, only on the newest kernel";
-  const skip = cannotRun || options.skip || elsewhere || older || false;
+  const skip = cannotRun || options.skip || elsewhere || oldest || older || false;
   // The outer limit is for the cleaning up; it must not strike first.
   test(name, { skip, timeout: limitMs + 120_000 }, async () => {
     const scene = new Scene();

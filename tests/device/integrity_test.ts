@@ -42,6 +42,7 @@ for (const { queues, flags } of cases) {
   deviceTest(`fio finds no error on loop -q ${[queues, ...flags].join(" ")}`, {
     limitS: 400,
     everywhere: queues === 2 && flags.length === 0,
+    oldest: queues === 2 && flags.length === 0,
   }, async (scene) => {
     const mebibytes = scaled(10, 64);
     const image = scene.image("disk.img", mebibytes << 20);

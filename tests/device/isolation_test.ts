@@ -30,6 +30,7 @@ const PF_MEMALLOC_NOIO = 0x80000;
 
 deviceTest("the server has its own mounts, and no other's; its threads flush I/O", {
   everywhere: true,
+  oldest: true,
 }, async (scene) => {
   const point = await scene.mount("point", "-t tmpfs tmpfs");
   const device = await scene.add("loop", scene.image("disk", 16 << 20), "-q", "2");
@@ -90,6 +91,7 @@ async function leaveMounted(scene: Scene, env: Record<string, string>): Promise<
 
 deviceTest("a file system that was mounted where the server started goes with its shell", {
   anyKernel: true,
+  oldest: true,
 }, async (scene) => {
   const device = await leaveMounted(scene, {});
   const image = `${scene.directory}/disk`;

@@ -22,6 +22,7 @@ async function recover(scene: Scene, device: Added): Promise<Added> {
 deviceTest("recover serves the same device again: reissue loses no I/O of a running fio", {
   limitS: scaled(300, 2400),
   everywhere: true,
+  oldest: true,
 }, async (scene) => {
   let device = await scene.add("loop", scene.image("disk", 64 << 20), "--recovery=reissue");
   const fio = scene.start([
