@@ -4,14 +4,26 @@
  * runtime directory. The driver's own answers always win over it; the file adds the target.
  *
  * Written whole and renamed, mode 0600 in a 0755 directory, and no symbolic link is followed: a
- * new name is made with O_EXCL, and rename replaces a link rather than what it points at.
+ * new name is made with O_EXCL, and rename replaces a link rather than what it points at. The
+ * directory must be this user's own, and none that others may write to: else nothing is written,
+ * and what is there counts as nothing.
  * @module
  */
 
-import { mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  existsSync,
+  lstatSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
 import type { QueueFacts } from "./device.ts";
+import { UblkError } from "./error.ts";
 
 const STATE_VERSION = 1;
 
@@ -28,8 +40,27 @@ export interface DeviceState {
 }
 
 export function stateDirectory(): string {
-  const user = process.getuid!() === 0 ? undefined : process.env.XDG_RUNTIME_DIR;
-  return join(user ?? "/run", "ubd");
+  const uid = process.getuid!();
+  if (uid === 0) return "/run/ubd";
+  const runtime = process.env.XDG_RUNTIME_DIR ?? `/run/user/${uid}`;
+  return existsSync(runtime) ? join(runtime, "ubd") : `/tmp/ubd-${uid}`;
+}
+
+/** @throws {UblkError} another user has made the directory, or a link in its place. */
+function checkDirectory(path: string): void {
+  const stats = lstatSync(path);
+  const [errno, what] = stats.isSymbolicLink()
+    ? ["ELOOP", "it is a symbolic link"]
+    : !stats.isDirectory()
+    ? ["ENOTDIR", "it is no directory"]
+    : stats.uid !== process.getuid!()
+    ? ["EPERM", `it belongs to user ${stats.uid}`]
+    : stats.mode & 0o022
+    ? ["EPERM", "others may write to it"]
+    : [undefined, undefined];
+  if (errno === undefined) return;
+  const hint = `${what}: look who has made it, and remove it`;
+  throw new UblkError({ errno, operation: `keep state in ${path}`, hint });
 }
 
 export function statePath(id: number): string {
@@ -37,7 +68,9 @@ export function statePath(id: number): string {
 }
 
 export function writeState(id: number, state: Omit<DeviceState, "version">): void {
-  mkdirSync(stateDirectory(), { recursive: true, mode: 0o755 });
+  const made = mkdirSync(stateDirectory(), { recursive: true, mode: 0o755 });
+  if (made !== undefined) chmodSync(stateDirectory(), 0o755); // The server's umask is stricter.
+  checkDirectory(stateDirectory());
   const temporary = join(stateDirectory(), `.${id}.${process.pid}`);
   rmSync(temporary, { force: true });
   const text = JSON.stringify({ version: STATE_VERSION, ...state }, null, 2);
@@ -48,6 +81,7 @@ export function writeState(id: number, state: Omit<DeviceState, "version">): voi
 /** @returns undefined when there is none, or none that this version understands. */
 export function readState(id: number): DeviceState | undefined {
   try {
+    checkDirectory(stateDirectory());
     const state = JSON.parse(readFileSync(statePath(id), "utf8")) as DeviceState;
     return state.version === STATE_VERSION ? state : undefined;
   } catch {
