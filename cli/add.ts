@@ -38,6 +38,7 @@ export interface AddOptions {
   opt?: Record<string, string>;
   foreground?: boolean;
   mlock?: boolean;
+  unprivileged?: boolean;
   recovery?: RecoveryMode;
   supervise?: boolean;
   partscan: boolean;
@@ -143,6 +144,9 @@ export function defineDeviceOptions(command: Command): Command {
     )
     .addOption(option("--no-partscan", "do not look for partitions", DEVICE))
     .addOption(option("--root-storage", "systemd lets the server live through shutdown", DEVICE))
+    .addOption(
+      option("--unprivileged", "a device of your own, without root (ubd udev install)", DEVICE),
+    )
     .addOption(
       option("--mlock", "keep the server out of swap: about 200 MiB of memory for good", DEVICE),
     )
@@ -253,8 +257,12 @@ export function toSpec(
   const lasting = {
     ...toRecovery(options),
     ...(options.rootStorage && { rootStorage: true }),
+    ...(options.unprivileged && { unprivileged: true }),
     ...(options.mlock && { lockMemory: true }),
   };
+  if (lasting.unprivileged && lasting.recovery) {
+    throw new UsageError("--unprivileged: the driver gives such devices no recovery");
+  }
   const common = {
     ...(options.size !== undefined && { sizeBytes: options.size }),
     ...(options.blockSize !== undefined && { blockBytes: options.blockSize }),

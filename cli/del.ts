@@ -10,7 +10,7 @@ import { checkpoint } from "../core/device.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { readState, removeState } from "../core/state.ts";
 import { deviceUsers } from "../core/users.ts";
-import { deviceIds } from "./describe.ts";
+import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
 import { parseDeviceId, parseInteger } from "./size.ts";
 
@@ -81,8 +81,7 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
       await deleteDevice(control, id, deletion);
       deleted.push(id);
     } catch (error) {
-      const goneMeanwhile = options.all && error instanceof UblkError && error.errno === "ENODEV";
-      if (goneMeanwhile) continue;
+      if (options.all && isNoneOfOurs(error)) continue;
       if (failed !== undefined) reportFailure(toFailure(failed), false);
       failed = error;
     }

@@ -209,14 +209,19 @@ export function describeParams({ types, ...params }: Unpacked<typeof UBLK_PARAMS
   };
 }
 
-/** Several devices; one that vanishes meanwhile is left out. */
+/** The caller has no business with the device: it is gone, or another user's. */
+export function isNoneOfOurs(error: unknown): boolean {
+  return error instanceof UblkError && ["ENODEV", "EACCES", "EPERM"].includes(error.errno);
+}
+
+/** Several devices; those of others, and one that vanishes meanwhile, are left out. */
 export async function describeAll(control: Control): Promise<DeviceFacts[]> {
   const all = [];
   for (const id of deviceIds(control)) {
     try {
       all.push(await describeDevice(control, id));
     } catch (error) {
-      if (!(error instanceof UblkError && error.errno === "ENODEV")) throw error;
+      if (!isNoneOfOurs(error)) throw error;
     }
   }
   return all;

@@ -23,6 +23,7 @@ import { defineRecover } from "./recover.ts";
 import { defineResize } from "./resize.ts";
 import { defineSetAffinity } from "./set_affinity.ts";
 import { commandOf, defineRun } from "./run.ts";
+import { defineUdev } from "./udev.ts";
 import { ReportedError, runServer, SERVE_VERB } from "./server.ts";
 
 function defineProgram(): Command {
@@ -44,6 +45,7 @@ function defineProgram(): Command {
   defineSetAffinity(program);
   defineList(program);
   defineDoctor(program);
+  defineUdev(program);
   program.command("version")
     .summary("show versions")
     .description("Shows the versions of ubd, its runtime and the kernel.")

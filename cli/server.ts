@@ -21,6 +21,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import {
   UBLK_F_NO_AUTO_PART_SCAN,
   UBLK_F_QUIESCE,
+  UBLK_F_UNPRIVILEGED_DEV,
   UBLK_F_URING_CMD_COMP_IN_TASK,
   UBLK_F_USER_RECOVERY,
   UBLK_F_USER_RECOVERY_FAIL_IO,
@@ -62,6 +63,8 @@ export interface ServerSpec {
   supervise?: boolean;
   /** A root file system may lie on it: the server must outlive all other processes. */
   rootStorage?: boolean;
+  /** The device of a user without privileges, who alone may open and control it, besides root. */
+  unprivileged?: boolean;
   /** Keep the server's memory out of swap. */
   lockMemory?: boolean;
   /** Take over this device instead of adding one. */
@@ -153,6 +156,7 @@ export async function serve(
       ...options,
       flags: (compInTask ? UBLK_F_URING_CMD_COMP_IN_TASK : 0n) |
         (noPartScan ? UBLK_F_NO_AUTO_PART_SCAN : 0n) |
+        (spec.unprivileged ? UBLK_F_UNPRIVILEGED_DEV : 0n) |
         (spec.recovery ? RECOVERY_FLAGS[spec.recovery] | quiescible(control) : 0n),
       onAdded,
     })
@@ -182,6 +186,7 @@ export async function serve(
     writeState(id, state);
   } catch (error) {
     if (recover === undefined) await device.stop();
+    if (error instanceof UblkError) throw error;
     const { code = "EIO", message } = error as NodeJS.ErrnoException;
     throw new UblkError({ errno: code, operation: "write the state file", hint: message });
   }

@@ -24,7 +24,13 @@ import {
   QUEUE_ID_NONE,
 } from "../abi/dialect.ts";
 import { ERRNO } from "../abi/errno.ts";
-import { FEATURE_KERNEL, FEATURE_NAMES, UBLK_PARAMS, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
+import {
+  FEATURE_KERNEL,
+  FEATURE_NAMES,
+  UBLK_F_UNPRIVILEGED_DEV,
+  UBLK_PARAMS,
+  UBLK_S_DEV_DEAD,
+} from "../abi/ublk_cmd.ts";
 import { pack, unpack, type Unpacked, type Values } from "../abi/struct.ts";
 import { PAYLOAD_BYTES, PAYLOAD_COUNT, Shim } from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
@@ -52,7 +58,7 @@ interface CommandOptions {
   queueId?: number;
   /** In: what the kernel reads. Its length is also how much may be answered. */
   payload?: Uint8Array;
-  /** Path of the character device, for the permission check on unprivileged devices. */
+  /** Path of the character device. Unless given, it goes with those that need it. */
   path?: string;
   /** The command's inline data. */
   data?: number;
@@ -67,6 +73,8 @@ export class Control implements Disposable {
   readonly #payloads: Uint8Array;
   readonly #freePayloads = Array.from({ length: PAYLOAD_COUNT }, (_, index) => index);
   readonly #waiting = new Map<number, (result: number) => void>();
+  /** Whether a device was added by a user without privileges, as last heard of it. */
+  readonly #unprivileged = new Map<number, boolean>();
   #ioctlEncoded = true;
   #features: bigint | undefined;
 
@@ -146,7 +154,17 @@ export class Control implements Disposable {
     const payload = this.dialect.packInfo(request);
     const deviceId = request.id < 0 ? DEV_ID_AUTO : request.id;
     await this.#command("ADD_DEV", { deviceId, payload });
-    return this.dialect.unpackInfo(payload);
+    return this.#heard(this.dialect.unpackInfo(payload));
+  }
+
+  /** What was last heard of the device: a user without privileges has added it. */
+  isUnprivileged(deviceId: number): boolean {
+    return this.#unprivileged.get(deviceId) ?? false;
+  }
+
+  #heard(info: DeviceInfo): DeviceInfo {
+    this.#unprivileged.set(info.id, (info.flags & UBLK_F_UNPRIVILEGED_DEV) !== 0n);
+    return info;
   }
 
   async setParams(deviceId: number, params: Values<typeof UBLK_PARAMS>): Promise<void> {
@@ -240,18 +258,34 @@ export class Control implements Disposable {
   /**
    * GET_DEV_INFO2 where the kernel has it, since it also answers a device's owner.
    *
-   * @throws {UblkError} ENODEV: there is no such device.
+   * @throws {UblkError} ENODEV: there is no such device; EACCES: it is another user's.
    */
   async getDeviceInfo(deviceId: number): Promise<DeviceInfo> {
     const payload = new Uint8Array(this.dialect.infoSize);
     if (this.dialect.hasCommand("GET_DEV_INFO2")) {
       const path = this.dialect.charPath(deviceId);
-      if (await this.#run("GET_DEV_INFO2", { deviceId, payload, path }) === 0) {
-        return this.dialect.unpackInfo(payload);
+      const result = await this.#run("GET_DEV_INFO2", { deviceId, payload, path });
+      if (result === 0) return this.#heard(this.dialect.unpackInfo(payload));
+      // The older command says only EINVAL of another user's device.
+      if (result === -ERRNO.EACCES) {
+        throw UblkError.from(result, "GET_DEV_INFO", { device: deviceId });
       }
     }
     await this.#command("GET_DEV_INFO", { deviceId, payload });
-    return this.dialect.unpackInfo(payload);
+    return this.#heard(this.dialect.unpackInfo(payload));
+  }
+
+  /**
+   * The driver wants the path of an unprivileged device's character device with each command, to
+   * see whether the caller may open it; with any other device it would take it for the payload.
+   */
+  async #requiredPath(command: ControlCommand, deviceId: number): Promise<string | undefined> {
+    if (["ADD_DEV", "GET_FEATURES", "GET_DEV_INFO"].includes(command)) return undefined;
+    if (!this.#unprivileged.has(deviceId)) {
+      // What keeps this from an answer, the command itself will say.
+      await this.getDeviceInfo(deviceId).catch(() => {});
+    }
+    return this.isUnprivileged(deviceId) ? this.dialect.charPath(deviceId) : undefined;
   }
 
   /** @returns the CPUs whose I/O this queue gets. */
@@ -273,11 +307,13 @@ export class Control implements Disposable {
 
   /** Submits and awaits one command. @returns its result; the answer is in options.payload. */
   async #run(command: ControlCommand, options: CommandOptions): Promise<number> {
+    const pathname = options.path ??
+      await this.#requiredPath(command, options.deviceId ?? DEV_ID_AUTO);
     const slot = this.#freePayloads.pop();
     if (slot === undefined) {
       throw new UblkError({ errno: "EBUSY", operation: command, ...device(options) });
     }
-    const path = options.path ? new TextEncoder().encode(`${options.path}\0`) : new Uint8Array();
+    const path = pathname ? new TextEncoder().encode(`${pathname}\0`) : new Uint8Array();
     const area = this.#payloads.subarray(slot * PAYLOAD_BYTES, (slot + 1) * PAYLOAD_BYTES);
     area.set(path);
     area.set(options.payload ?? [], path.length);

@@ -11,12 +11,18 @@
  * @module
  */
 
-import { readFileSync } from "node:fs";
+import { accessSync, constants, existsSync, readFileSync, rmSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceInfo } from "../abi/dialect.ts";
 import { ERRNO, errnoName } from "../abi/errno.ts";
-import { FEATURE_NAMES, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
+import {
+  FEATURE_NAMES,
+  UBLK_F_UNPRIVILEGED_DEV,
+  UBLK_S_DEV_DEAD,
+  UBLK_S_DEV_LIVE,
+} from "../abi/ublk_cmd.ts";
+import type { Shim } from "../ffi/mod.ts";
 import { type Control, lackError } from "./control.ts";
 import { UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
@@ -35,13 +41,15 @@ export const IO_BYTES_MAX = 32 * 1024 * 1024;
 /** What one ArrayBuffer can show of a queue's buffers. */
 const QUEUE_BUFFER_BYTES_MAX = 4 * 1024 ** 3;
 
-/** How long udev may take to make the character device and let go of it. */
-const CHAR_DEVICE_DEADLINE_MS = 10_000;
+/** How long udev may take to make a device's node, give it to its owner and let go of it. */
+const NODE_DEADLINE_MS = 10_000;
 
 /** How long a server may take over the requests it has, when it is to let go. */
 const QUIESCE_DEADLINE_MS = 60_000;
 
 const O_RDWR = 2;
+const S_IFCHR = 0o020000;
+const S_IFBLK = 0o060000;
 
 /** What serving takes, be the device new or taken over. */
 export interface RecoverOptions {
@@ -148,11 +156,10 @@ export class Device {
       options.onAdded?.(info.id);
       refuseLackingFeatures(options.flags & ~info.flags);
       checkpoint("added");
-      if (control.dialect.hasParams) {
+      const queues = await attach(control, info, options, undo, async () => {
+        if (!control.dialect.hasParams) return;
         await control.setParams(info.id, toParams(limits, info.maxIoBytes));
-      }
-
-      const queues = await attach(control, info, options, undo);
+      });
       undo.push(() => control.stopDevice(info.id));
       await queues.during("START_DEV", control.startDevice(info.id, process.pid));
       checkpoint("started");
@@ -225,6 +232,12 @@ export class Device {
     queues: Queues,
     options: RecoverOptions,
   ): Promise<Device> {
+    const { dialect, shim } = control;
+    const blockPath = dialect.blockPath(id);
+    if (!existsSync(blockPath)) {
+      makeNode(shim, blockPath, S_IFBLK, `/sys/block/${dialect.blockName(id)}/dev`, queues.nodes);
+    }
+    if (control.isUnprivileged(id)) await accessible(blockPath);
     const info = await control.getDeviceInfo(id); // The kernel changes flags silently.
     const facts: QueueFacts[] = [];
     for (const [qid, tid] of queues.tids.entries()) {
@@ -294,6 +307,8 @@ interface Queues {
   /** Kernel ids of the queues' threads. */
   tids: number[];
   ended: Promise<void>;
+  /** Device nodes that this process has made, since nothing else did. */
+  nodes: string[];
   /** Awaits a command that needs every queue; a queue that dies meanwhile ends the wait. */
   during(operation: string, command: Promise<void>): Promise<void>;
   /** Closes what the threads used, once they have ended. */
@@ -306,18 +321,23 @@ async function attach(
   info: DeviceInfo,
   options: RecoverOptions,
   undo: Undo,
+  prepare?: () => Promise<void>,
 ): Promise<Queues> {
   const { dialect, shim } = control;
-  const fds = [await openCharDevice(control, info.id)];
+  const nodes: string[] = [];
+  const fds = [await openCharDevice(control, info, nodes)];
   const threads: QueueThread[] = [];
   const release = once(() => {
     for (const fd of fds) shim.native.ubd_close(fd);
+    for (const node of nodes) rmSync(node, { force: true });
   });
   undo.push(async () => {
     for (const thread of threads) thread.abandon();
     await Promise.allSettled(threads.map((thread) => thread.ended));
     release();
   });
+  // An unprivileged device takes commands only from who may open it, so not before now.
+  await prepare?.();
 
   const target = { name: options.targetName, spec: options.target.spec };
   const tidsKnown: Promise<number>[] = [];
@@ -356,11 +376,14 @@ async function attach(
     died.catch(() => {});
     await Promise.race([command, died]);
   };
-  return { threads, tids, ended, during, release };
+  return { threads, tids, ended, nodes, during, release };
 }
 
 /** The driver drops flags it does not know, silently: a device must not promise less than asked. */
 function refuseLackingFeatures(lacking: bigint): void {
+  if (lacking & UBLK_F_UNPRIVILEGED_DEV) {
+    throw new UsageError("Who has CAP_SYS_ADMIN gets no unprivileged device: be another user");
+  }
   if ([...FEATURE_NAMES.keys()].some((bit) => bit & lacking)) throw lackError(lacking, "ADD_DEV");
 }
 
@@ -406,28 +429,70 @@ export function checkOptions(
 
 /**
  * Opens /dev/ublkcN. It appears after ADD_DEV, by devtmpfs or udev; udev may still hold it open
- * (the driver lets one in) or may not have set its owner yet.
+ * (the driver lets one in) or may not have set its owner yet. Where nobody makes it (an initramfs,
+ * a container), root does.
+ *
+ * @param nodes gets the path if this process has made it.
  */
-async function openCharDevice(control: Control, id: number): Promise<number> {
-  const path = control.dialect.charPath(id);
+async function openCharDevice(
+  control: Control,
+  { id, flags }: DeviceInfo,
+  nodes: string[],
+): Promise<number> {
+  const { dialect, shim } = control;
+  const path = dialect.charPath(id);
+  const sysfs = `/sys/class/${dialect.charClass}/${dialect.charName(id)}/dev`;
   const retried: number[] = [ERRNO.ENOENT, ERRNO.EACCES, ERRNO.EBUSY, ERRNO.ENXIO];
-  const deadline = performance.now() + CHAR_DEVICE_DEADLINE_MS;
+  const deadline = performance.now() + NODE_DEADLINE_MS;
   for (let pauseMs = 1;; pauseMs = Math.min(pauseMs * 2, 100)) {
-    const fd = control.shim.open(path, O_RDWR);
+    const fd = shim.open(path, O_RDWR);
     if (fd >= 0) return fd;
+    if (fd === -ERRNO.ENOENT && pauseMs === 100 && nodes.length === 0) {
+      makeNode(shim, path, S_IFCHR, sysfs, nodes);
+    }
     if (!retried.includes(-fd) || performance.now() > deadline) {
-      const absent = errnoName(-fd) === "ENOENT";
+      const late = `in ${NODE_DEADLINE_MS / 1000} s`;
+      const hints: Record<string, string> = {
+        ENOENT: `it did not appear ${late}: is /dev a devtmpfs, or udevd running? ` +
+          `mknod ${path} c MAJOR MINOR, from ${sysfs}`,
+        ...(flags & UBLK_F_UNPRIVILEGED_DEV && {
+          EACCES: `udev did not give it to you ${late}: sudo ubd udev install, ` +
+            `then sudo ubd del ${id}`,
+        }),
+      };
       throw UblkError.from(fd, `open ${path}`, {
         device: id,
-        hint: absent
-          ? `it did not appear in ${CHAR_DEVICE_DEADLINE_MS / 1000} s: is /dev a devtmpfs, or ` +
-            `udevd running? mknod ${path} c MAJOR MINOR, from /sys/class/` +
-            `${control.dialect.charClass}/${control.dialect.charName(id)}/dev`
-          : "look for another process that has it open: fuser -v " + path,
+        hint: hints[errnoName(-fd)] ??
+          "look for another process that has it open: fuser -v " + path,
       });
     }
     await sleep(pauseMs);
   }
+}
+
+/** Waits until udev has given a node to this user; without end it does not. */
+async function accessible(path: string): Promise<void> {
+  const deadline = performance.now() + NODE_DEADLINE_MS;
+  while (performance.now() < deadline) {
+    try {
+      return accessSync(path, constants.R_OK | constants.W_OK);
+    } catch {
+      await sleep(20);
+    }
+  }
+}
+
+/** Makes a device node from the numbers in sysfs, if permitted. */
+function makeNode(shim: Shim, path: string, type: number, sysfs: string, nodes: string[]): void {
+  let numbers: string;
+  try {
+    numbers = readFileSync(sysfs, "utf8");
+  } catch {
+    return; // No sysfs: what was tried before fails with its own message.
+  }
+  const [major, minor] = numbers.trim().split(":").map(Number);
+  const name = new TextEncoder().encode(`${path}\0`);
+  if (shim.native.ubd_mknod(name, type | 0o600, major!, minor!) === 0) nodes.push(path);
 }
 
 /** The machine's page size in bytes: AT_PAGESZ of the auxiliary vector. */

@@ -91,11 +91,14 @@ export function fromPlainError(plain: PlainError): Error {
   return plain.error instanceof Error ? plain.error : new Error(String(plain.error));
 }
 
+const UNPRIVILEGED = "run as root; or, for devices of your own, once: sudo ubd udev install, " +
+  "then: ubd add --unprivileged";
+
 const HINTS: Record<string, Record<string, string>> = {
   "open the control device": {
     ENOENT: "load the driver: modprobe ublk_drv; a kernel without it needs CONFIG_BLK_DEV_UBLK",
-    EACCES: "run as root",
-    EPERM: "run as root",
+    EACCES: UNPRIVILEGED,
+    EPERM: UNPRIVILEGED,
     ENXIO: "load the driver: modprobe ublk_drv",
   },
   "set up a ring": {
@@ -108,7 +111,7 @@ const HINTS: Record<string, Record<string, string>> = {
   ADD_DEV: {
     EEXIST: "choose another id with -n, or delete that device with ubd del -n ID",
     EACCES: "too many devices: raise the limit in /sys/module/ublk_drv/parameters/ublks_max",
-    EPERM: "run as root",
+    EPERM: UNPRIVILEGED,
     EINVAL: "the kernel refuses these queue, depth or feature values; see dmesg",
     ENOSPC: "choose an id below 1048576",
     ENOMEM: "lower --depth or --queues",

@@ -48,7 +48,7 @@ export const SYMBOLS = {
   ubd_detach_mount: { args: ["buffer"], result: "i32" },
   ubd_io_flusher: { args: [], result: "i32" },
   ubd_lock_memory: { args: [], result: "i32" },
-  ubd_make_char_node: { args: ["buffer", "u32", "u32"], result: "i32" },
+  ubd_mknod: { args: ["buffer", "u32", "u32", "u32"], result: "i32" },
 } as const satisfies Record<string, NativeFunction>;
 
 type Crossing<T extends NativeType> = T extends "buffer" ? ArrayBufferView<ArrayBuffer> : number;

@@ -310,12 +310,11 @@ export fn ubd_lock_memory() i32 {
     return sys.call(.mlockall, .{ current_future_onfault, 0, 0, 0, 0, 0 });
 }
 
-/// mknod(2) of a character device that only its owner may open, as this user's.
-export fn ubd_make_char_node(path: ?[*:0]const u8, major: u32, minor: u32) i32 {
-    const char_device = 0o020600;
+/// mknod(2); `mode` holds the type and the permissions, before the umask.
+export fn ubd_mknod(path: ?[*:0]const u8, mode: u32, major: u32, minor: u32) i32 {
     const checked = path orelse return -sys.EINVAL;
     // The kernel's 32-bit form: 12 bits of major, 20 of minor.
     if (major > 0xfff or minor > 0xfffff) return -sys.EINVAL;
     const device = (minor & 0xff) | major << 8 | (minor & ~@as(u32, 0xff)) << 12;
-    return sys.call(.mknodat, .{ at_fdcwd, @intFromPtr(checked), char_device, device, 0, 0 });
+    return sys.call(.mknodat, .{ at_fdcwd, @intFromPtr(checked), mode, device, 0, 0 });
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /**
- * Builds the shim for x86_64 and aarch64 and writes both, as base64, to ffi/shim_binary.ts.
+ * Builds the shim for x86_64 and aarch64, and the small program that udev runs, and writes them,
+ * as base64, to ffi/shim_binary.ts.
  *
  *   bun tools/build_shim.ts
  *
@@ -26,16 +27,38 @@ const TARGETS = [
   { name: "arm64", debian: "arm64", triple: "aarch64-linux-musl", library: "aarch64-linux-gnu" },
 ];
 
+/** The library, and the program that udev runs. */
+const PARTS = [
+  {
+    name: "SHIM_BASE64",
+    // LLVM and LLD by name: Zig's own linker knows no version scripts.
+    args: (file: (name: string) => string) => [
+      ...["build-lib", file("shim.zig"), "-dynamic", "-fPIC", "-fllvm", "-flld"],
+      ...["--version-script", file("exports.map")],
+    ],
+  },
+  {
+    name: "OWNER_BASE64",
+    args: (file: (name: string) => string) => [
+      // Not -fsingle-threaded: liburing reads its stack canary from the thread's memory.
+      ...["build-exe", file("owner.zig"), "-fllvm", "-flld"],
+    ],
+  },
+];
+
 /** Runs Zig with private caches, so that nothing is left in the home directory. */
-export function compile(zig: string, target: typeof TARGETS[number], liburing: string): Uint8Array {
+function compile(
+  zig: string,
+  part: typeof PARTS[number],
+  target: typeof TARGETS[number],
+  liburing: string,
+): Uint8Array {
   const scratch = mkdtempSync(join(tmpdir(), "ubd-shim-"));
   try {
-    const output = join(scratch, "shim.so");
-    // LLVM and LLD by name: Zig's own linker knows no version scripts.
+    const output = join(scratch, "output");
     execFileSync(zig, [
-      ...["build-lib", join(SHIM, "shim.zig"), liburing, "-dynamic", "-target", target.triple],
-      ...["-mcpu", "baseline", "-O", "ReleaseFast", "-fstrip", "-fPIC", "-fno-compiler-rt"],
-      ...["-fllvm", "-flld", "--gc-sections", "--version-script", join(SHIM, "exports.map")],
+      ...[...part.args((name) => join(SHIM, name)), liburing, "-target", target.triple],
+      ...["-mcpu", "baseline", "-O", "ReleaseFast", "-fstrip", "-fno-compiler-rt", "--gc-sections"],
       `-femit-bin=${output}`,
     ], {
       stdio: "inherit",
@@ -67,19 +90,24 @@ export async function buildShim(): Promise<void> {
   if (upToDate(stamp)) return;
   const zig = await findZig();
   const version = execFileSync(zig, ["version"], { encoding: "utf8" }).trim();
-  const libraries = [];
+  const entries: Record<string, string[]> = {};
   for (const target of TARGETS) {
     const packages = { suite: "trixie", arch: target.debian, packages: ["liburing-dev"] };
     const directory = await fetchPackages(packages);
     const liburing = join(directory, "usr/lib", target.library, "liburing.a");
-    const bytes = compile(zig, target, liburing);
-    console.error(`ubd: shim for ${target.triple}: ${bytes.length} bytes (Zig ${version})`);
-    libraries.push(`  ${target.name}:\n    "${Buffer.from(bytes).toString("base64")}",\n`);
+    for (const part of PARTS) {
+      const bytes = compile(zig, part, target, liburing);
+      console.error(`ubd: ${part.name} for ${target.triple}: ${bytes.length} (Zig ${version})`);
+      const entry = `  ${target.name}:\n    "${Buffer.from(bytes).toString("base64")}",\n`;
+      (entries[part.name] ??= []).push(entry);
+    }
   }
+  const constants = Object.entries(entries)
+    .map(([name, lines]) => `export const ${name} = {\n${lines.join("")}} as const;\n`);
   writeFileSync(
     OUTPUT,
     "// SPDX-License-Identifier: MIT\n// Made by tools/build_shim.ts. Do not edit.\n" +
-      `${stamp}\nexport const SHIM_BASE64 = {\n${libraries.join("")}} as const;\n`,
+      `${stamp}\n${constants.join("")}`,
   );
 }
 

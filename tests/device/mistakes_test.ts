@@ -78,7 +78,7 @@ deviceTest("what cannot start says why, with its exit code, and leaves nothing",
   // Ten seconds of waiting, while the others are tried: a /dev where no node ever appears.
   const bare = "unshare -m bash -c 'cp -a /dev/{ublk-control,null,zero,urandom,kmsg} $D && " +
     "mount -t tmpfs tmpfs /dev && cp -a $D/{ublk-control,null,zero,urandom,kmsg} /dev && " +
-    "exec ubd add null -n 40'";
+    "exec setpriv --bounding-set -mknod ubd add null -n 40'";
   const nodeless = /open \/dev\/ublkc40 on device 40: ENOENT.*did not appear in 10 s.*mknod/;
   const usage = [...USAGE_CASES, ...(FULL ? MORE_USAGE_CASES : [])]
     .map(([command, message]): [string, number, RegExp] => [command, EXIT.USAGE, message]);

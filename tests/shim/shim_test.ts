@@ -7,8 +7,16 @@
  */
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { execFileSync } from "node:child_process";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync } from "node:fs";
+import { execFileSync, spawnSync } from "node:child_process";
+import {
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { arch, tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import process from "node:process";
@@ -19,7 +27,7 @@ import type { Layout } from "../../abi/struct.ts";
 import { UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC } from "../../abi/ublk_structs.ts";
 import { loadShim, SHIM_VERSION } from "../../ffi/load.ts";
 import { PAYLOAD_COUNT, type QueueConfig, Shim } from "../../ffi/mod.ts";
-import { SHIM_BASE64 } from "../../ffi/shim_binary.ts";
+import { OWNER_BASE64, SHIM_BASE64 } from "../../ffi/shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "../../ffi/symbols.ts";
 
 const { adapter }: { adapter: Adapter } = "Bun" in globalThis
@@ -262,9 +270,9 @@ test("file calls answer -errno for bad descriptors, pointers, offsets and sizes"
     ["ioctl null", native.ubd_ioctl(fd, 0, NULL), -EINVAL],
     ["wake", native.ubd_wake(-1), -EBADF],
     ["detach_mount null", native.ubd_detach_mount(NULL), -EINVAL],
-    ["make_char_node null", native.ubd_make_char_node(NULL, 1, 3), -EINVAL],
-    ["make_char_node major", native.ubd_make_char_node(out, 4096, 0), -EINVAL],
-    ["make_char_node minor", native.ubd_make_char_node(out, 0, 1 << 20), -EINVAL],
+    ["mknod null", native.ubd_mknod(NULL, 0, 1, 3), -EINVAL],
+    ["mknod major", native.ubd_mknod(out, 0, 4096, 0), -EINVAL],
+    ["mknod minor", native.ubd_mknod(out, 0, 0, 1 << 20), -EINVAL],
     ["layout null", native.ubd_layout(NULL, 0), -EINVAL],
     ["close good", native.ubd_close(fd), 0],
     ["close again", native.ubd_close(fd), -EBADF],
@@ -579,6 +587,21 @@ test("loadShim with a known path loads the same mapping again", () => {
   assert.strictEqual(again.native.ubd_queue_address(memory.handle, 0), address);
   assert.strictEqual(again.native.ubd_queue_exit(memory.handle), 0);
   assert.strictEqual(native.ubd_queue_exit(memory.handle), -EBADF);
+});
+
+test("the program that udev runs fails for what is no device of a user", () => {
+  const directory = mkdtempSync(join(tmpdir(), "ubd-owner-"));
+  try {
+    const program = join(directory, "ubd-owner");
+    const bytes = Buffer.from(OWNER_BASE64[arch() as keyof typeof OWNER_BASE64], "base64");
+    writeFileSync(program, bytes, { mode: 0o700 });
+    for (const args of [["ublkc1048575"], ["ublkb1048575p1"], ["ublkc"], ["sda"], [""], []]) {
+      const { status, signal, stdout } = spawnSync(program, args, { encoding: "utf8" });
+      assert.deepStrictEqual({ status, signal, stdout }, { status: 1, signal: null, stdout: "" });
+    }
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
 });
 
 test("a library is built for this machine", () => {

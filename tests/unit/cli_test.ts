@@ -22,7 +22,7 @@ const driverSkip = hasDriver ? "the ublk driver is loaded" : false;
 
 const VERBS = [
   ...["add", "run", "del", "resize", "recover", "quiesce", "upgrade", "gc", "set_affinity"],
-  ...["list", "info", "features", "doctor", "version", "help"],
+  ...["list", "info", "features", "doctor", "udev", "version", "help"],
 ];
 
 interface Outcome {
@@ -123,6 +123,24 @@ test("ubd del deletes nothing unless it is told what", TIMEOUT, () => {
   mistake(["del", "-a", "3"], "Name devices, or say --all: not both");
   mistake(["del", "-a", "-n", "3"], "Name devices, or say --all: not both");
   mistake(["del", "-n"], /option '-n, --number <id>' argument missing/);
+});
+
+test("ubd udev shows its rules, and does nothing unless it is told what", TIMEOUT, () => {
+  const { code, stdout } = ubd("udev", "--print");
+  assert.strictEqual(code, 0);
+  assert.match(stdout, /^KERNEL=="ublk-control", MODE="0666"/m);
+  assert.match(stdout, /^ACTION!="remove", KERNEL=="ublk\[bc\].*RUN\+=".*\/ubd-owner %k"$/m);
+  const { rules } = JSON.parse(ubd("udev", "--print", "--group", "disk", "--json").stdout);
+  assert.match(rules, /^KERNEL=="ublk-control", MODE="0660", RUN\+=".*chgrp disk \$devnode"/m);
+  const what = "What to do? ubd udev install, ubd udev remove or ubd udev --print";
+  for (const args of [[], ["instal"], ["install", "--print"]]) mistake(["udev", ...args], what);
+  mistake(["udev", "install", "--group", 'a" b'], 'Group "a" b": it must be a name');
+});
+
+test("ubd add --unprivileged excludes recovery", TIMEOUT, () => {
+  const why = "--unprivileged: the driver gives such devices no recovery";
+  mistake(["add", "null", "--unprivileged", "--recovery"], why);
+  mistake(["add", "null", "--unprivileged", "-r", "1"], why);
 });
 
 test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT, () => {
