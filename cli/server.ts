@@ -13,7 +13,7 @@
  */
 
 import { type ChildProcess, spawn } from "node:child_process";
-import { appendFileSync } from "node:fs";
+import { writeFileSync } from "node:fs";
 import { createInterface } from "node:readline";
 import process from "node:process";
 import type { Writable } from "node:stream";
@@ -296,7 +296,8 @@ export async function runServer(): Promise<number> {
 /** A daemon has no terminal; the kernel's log is where people look after a disk misbehaves. */
 export function logToKernel(message: string): void {
   try {
-    appendFileSync("/dev/kmsg", `ubd[${process.pid}]: ${message.replaceAll("\n", " | ")}\n`);
+    const line = `ubd[${process.pid}]: ${message.replaceAll("\n", " | ")}\n`;
+    writeFileSync("/dev/kmsg", line, { flag: "r+" }); // A container's /dev may have none: make none.
   } catch { /* no permission: nobody to tell */ }
 }
 
