@@ -13,6 +13,7 @@ import {
   killServer,
   scaled,
   type Scene,
+  startVerifier,
   statePath,
   until,
 } from "./helpers.ts";
@@ -85,20 +86,16 @@ deviceTest("upgrade: a running fio sees no error, though it fills the queue", {
     }
     return;
   }
-  const fio = scene.start([
-    ...["fio", "--max-jobs=2", "--name=verify", `--filename=${device.path}`, "--direct=1"],
-    ...["--ioengine=libaio", "--iodepth=64", "--rw=randrw", "--bs=4k", "--size=16M"],
-    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", `--runtime=${scaled(8, 120)}`],
-  ], { limitMs: 500_000 });
+  const fio = startVerifier(scene, device, 64);
   for (let round = 0; round < scaled(2, 15); round++) {
     await scene.sh("sleep 1");
+    fio.goesOn();
     const next = scene.adopt(await succeeds(scene, "upgrade", "-n", `${device.id}`));
     assert.equal(next.path, device.path);
     assert.notEqual(next.pid, device.pid);
     device = next;
   }
-  const { code, stdout, stderr } = await fio.ended;
-  assert.equal(code, 0, stdout + stderr);
+  await fio.finish();
 
   await succeeds(scene, "quiesce", `${device.id}`);
   await isIn(scene, device, "daemon pid -1 state QUIESCED");

@@ -500,6 +500,34 @@ export async function inPairs(
   await Promise.all([worker(), worker()]);
 }
 
+/** A fio that writes a part of a device and verifies all of it, again and again. */
+export interface Verifier {
+  /** @throws {AssertionError} it has ended: fio saw an error. */
+  goesOn(): void;
+  /** Lets the round that is under way come to its end, which must be a good one. */
+  finish(): Promise<void>;
+}
+
+/** @param depth of fio's queue. */
+export function startVerifier(scene: Scene, { path }: Added, depth: number): Verifier {
+  // Not time_based: when its time is over, fio skips the verification.
+  const fio = "fio --max-jobs=2 --name=verify --direct=1 --ioengine=libaio --rw=randwrite " +
+    `--bs=4k --size=8M --filename=${path} --iodepth=${depth} --verify=crc32c --verify_fatal=1`;
+  const stop = join(scene.directory, "stop-verifying");
+  const script = `until [ -e ${stop} ]; do ${fio} --randseed=$RANDOM; done`;
+  const job = scene.start(["bash", "-euc", script], { limitMs: 2_400_000 });
+  let running = true;
+  job.ended.finally(() => running = false).catch(() => {});
+  return {
+    goesOn: () => assert.ok(running, job.output()),
+    async finish() {
+      writeFileSync(stop, "");
+      const { code, stdout, stderr } = await job.ended;
+      assert.equal(code, 0, stdout + stderr);
+    },
+  };
+}
+
 /** The numbers of /sys/block/NAME/stat: 0 reads, 4 writes, 11 discards, 15 flushes. */
 export function blockStat({ name }: Added): number[] {
   return readFileSync(`/sys/block/${name}/stat`, "utf8").trim().split(/\s+/).map(Number);

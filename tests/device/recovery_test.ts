@@ -3,7 +3,15 @@
 
 import assert from "node:assert/strict";
 import process from "node:process";
-import { type Added, deviceTest, scaled, type Scene, servers, until } from "./helpers.ts";
+import {
+  type Added,
+  deviceTest,
+  scaled,
+  type Scene,
+  servers,
+  startVerifier,
+  until,
+} from "./helpers.ts";
 
 /** Kills the server and waits until the driver says so. */
 async function kill(scene: Scene, device: Added, state: string): Promise<void> {
@@ -25,24 +33,17 @@ deviceTest("recover serves the same device again: reissue loses no I/O of a runn
   oldest: true,
 }, async (scene) => {
   let device = await scene.add("loop", scene.image("disk", 64 << 20), "--recovery=reissue");
-  const fio = scene.start([
-    ...["fio", "--max-jobs=2", "--name=verify", `--filename=${device.path}`, "--direct=1"],
-    ...["--ioengine=libaio", "--iodepth=16", "--rw=randwrite", "--bs=4k", "--size=32M"],
-    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", `--runtime=${scaled(10, 1200)}`],
-  ], { limitMs: 2_000_000 });
-  let running = true;
-  fio.ended.finally(() => running = false);
+  const fio = startVerifier(scene, device, 16);
   const kills = scaled(2, 100);
   for (let round = 0; round < kills; round++) {
     await scene.sh(`sleep ${1 + round % 2}`);
-    assert.ok(running, `fio ended after ${round} of ${kills} kills`);
+    fio.goesOn();
     await kill(scene, device, "state QUIESCED");
     const next = await recover(scene, device);
     assert.equal(next.path, device.path);
     device = next;
   }
-  const { code, stdout, stderr } = await fio.ended;
-  assert.equal(code, 0, stdout + stderr);
+  await fio.finish();
   await scene.del(device);
 });
 

@@ -4,7 +4,16 @@
 import assert from "node:assert/strict";
 import { readFileSync, renameSync } from "node:fs";
 import process from "node:process";
-import { type Added, deviceTest, gone, type Scene, servers, statePath, until } from "./helpers.ts";
+import {
+  type Added,
+  deviceTest,
+  gone,
+  type Scene,
+  servers,
+  startVerifier,
+  statePath,
+  until,
+} from "./helpers.ts";
 
 interface Facts {
   state: string;
@@ -36,19 +45,15 @@ deviceTest("a supervised server that is killed is replaced; I/O only waits", {
   limitS: 240,
 }, async (scene) => {
   const device = await scene.add("loop", scene.image("disk", 16 << 20), "--supervise");
-  const fio = scene.start([
-    ...["fio", "--max-jobs=2", "--name=verify", `--filename=${device.path}`, "--direct=1"],
-    ...["--ioengine=libaio", "--iodepth=16", "--rw=randwrite", "--bs=4k", "--size=16M"],
-    ...["--verify=crc32c", "--verify_fatal=1", "--time_based", "--runtime=6"],
-  ]);
+  const fio = startVerifier(scene, device, 16);
   let { pid } = device;
   for (let kill = 0; kill < 2; kill++) {
     await scene.sh("sleep 1");
+    fio.goesOn();
     process.kill(pid, "SIGKILL");
     pid = await isReplaced(scene, device, pid);
   }
-  const { code, stdout, stderr } = await fio.ended;
-  assert.equal(code, 0, stdout + stderr);
+  await fio.finish();
   assert.equal((await facts(scene, device)).supervisor, supervisorOf(device));
   await scene.del(device);
   assert.ok(await until(() => servers().length === 0), "the supervisor ends");
