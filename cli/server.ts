@@ -252,6 +252,11 @@ async function openTarget(
   }
 }
 
+/** Whether the process that gets this spec is to start the server, and watch it. */
+function isSupervisor({ supervise, supervisor }: ServerSpec): boolean {
+  return supervise === true && supervisor === undefined;
+}
+
 /** The hidden verb's whole program. */
 export async function runServer(): Promise<number> {
   const input = createInterface({ input: process.stdin });
@@ -266,7 +271,7 @@ export async function runServer(): Promise<number> {
   process.stdout.on("error", () => {});
   process.stderr.on("error", () => {});
   try {
-    if (spec.supervise && spec.supervisor === undefined) return await supervise(spec, answer);
+    if (isSupervisor(spec)) return await supervise(spec, answer);
     await serve(spec, {
       daemon: true,
       log: logToKernel,
@@ -326,15 +331,15 @@ export async function spawnServer(
   const shim = new Shim();
   shim.native.ubd_close_on_exec();
   const args = [SERVE_VERB, mountNamespace(), ...(hold ? [LEASHED] : [])];
-  const child = inPrivateMounts(
-    shim,
-    () =>
-      spawn(process.execPath, [...rerunArguments(), ...args], {
-        detached: true,
-        cwd: "/",
-        stdio: ["pipe", "pipe", "pipe"],
-      }),
-  );
+  const start = () =>
+    spawn(process.execPath, [...rerunArguments(), ...args], {
+      detached: true,
+      cwd: "/",
+      stdio: ["pipe", "pipe", "pipe"],
+    });
+  // A supervisor serves nothing, so nothing waits for it; the servers it starts need to find
+  // their files, and a copy of the mounts would keep what others have unmounted.
+  const child = isSupervisor(spec) ? start() : inPrivateMounts(shim, start);
   let interrupted = false;
   const interrupt = () => {
     interrupted = true;

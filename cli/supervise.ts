@@ -12,7 +12,9 @@
 import type { ChildProcess } from "node:child_process";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
+import { harden } from "../core/isolation.ts";
 import { readState, removeState } from "../core/state.ts";
+import { Shim } from "../ffi/mod.ts";
 import { EXIT } from "./exit.ts";
 import {
   type Answer,
@@ -21,6 +23,7 @@ import {
   type ServerSpec,
   spawnServer,
 } from "./server.ts";
+import { surviveShutdown } from "./systemd.ts";
 
 /** New servers in a row that may die before the device is left alone. */
 const DEATHS_MAX = 5;
@@ -34,6 +37,9 @@ export async function supervise(
   spec: ServerSpec,
   answer: (message: Answer) => void,
 ): Promise<number> {
+  // While there is no server, memory must be had without writing to its device.
+  if (spec.rootStorage) surviveShutdown();
+  harden(new Shim(), { lockMemory: spec.lockMemory ?? false });
   const supervised = { ...spec, supervisor: process.pid };
   const stop = new AbortController();
   let child: ChildProcess | undefined;

@@ -2,7 +2,7 @@
 /** add --supervise: a server that dies is replaced, one that is told to end is not. */
 
 import assert from "node:assert/strict";
-import { readFileSync, renameSync } from "node:fs";
+import { readFileSync, readlinkSync, renameSync } from "node:fs";
 import process from "node:process";
 import {
   type Added,
@@ -53,6 +53,9 @@ deviceTest("a supervised server that is killed is replaced; I/O only waits", {
     process.kill(pid, "SIGKILL");
     pid = await isReplaced(scene, device, pid);
   }
+  const mounts = (who: number | string) => readlinkSync(`/proc/${who}/ns/mnt`);
+  assert.equal(mounts(supervisorOf(device)), mounts("self"), "it pins no mounts");
+  assert.notEqual(mounts(pid), mounts("self"), "the next server has its own, too");
   await fio.finish();
   assert.equal((await facts(scene, device)).supervisor, supervisorOf(device));
   await scene.del(device);
