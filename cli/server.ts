@@ -330,9 +330,12 @@ export async function spawnServer(
   // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
   const shim = new Shim();
   shim.native.ubd_close_on_exec();
-  const args = [SERVE_VERB, mountNamespace(), ...(hold ? [LEASHED] : [])];
+  const verb = [SERVE_VERB, mountNamespace(), ...(hold ? [LEASHED] : [])];
+  const args = [...rerunArguments(), ...verb];
+  // Looked up here: from other mounts, in a chroot, its path is another one.
+  const { execPath } = process;
   const start = () =>
-    spawn(process.execPath, [...rerunArguments(), ...args], {
+    spawn(execPath, args, {
       detached: true,
       cwd: "/",
       stdio: ["pipe", "pipe", "pipe"],
@@ -357,7 +360,11 @@ export async function spawnServer(
 
   let added: number | undefined;
   const died = Promise.withResolvers<undefined>();
-  child.on("error", () => died.resolve(undefined));
+  const unstarted = Promise.withResolvers<never>();
+  child.on("error", ({ code = "EIO", message }: NodeJS.ErrnoException) =>
+    unstarted.reject(
+      new UblkError({ errno: code, operation: "start the server", hint: message }),
+    ));
   child.on("exit", () => died.resolve(undefined));
   const answered = (async () => {
     for await (const line of createInterface({ input: child.stdout })) {
@@ -368,7 +375,8 @@ export async function spawnServer(
     }
     return undefined;
   })();
-  const outcome = await answered ?? await died.promise;
+  answered.catch(() => {}); // Its rejection is awaited below, unless the other one came first.
+  const outcome = await Promise.race([answered, unstarted.promise]) ?? await died.promise;
   if (outcome?.type === "live" && !interrupted) {
     child.stdout.destroy();
     child.stderr.destroy();
