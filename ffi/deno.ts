@@ -7,8 +7,12 @@ import type { Adapter, Native, NativeFunction } from "./symbols.ts";
 /** So that a module the server loads can import "ubd": from source, or from dist/cli.js. */
 function importMap(): string {
   const fromSource = import.meta.url.endsWith("/ffi/deno.ts");
-  const library = new URL(fromSource ? "../mod.ts" : "./mod.js", import.meta.url).href;
-  const map = JSON.stringify({ imports: { ubd: library } });
+  const at = (path: string) => new URL(path, import.meta.url).href;
+  const imports = {
+    ubd: at(fromSource ? "../mod.ts" : "./mod.js"),
+    "ubd/testing": at(fromSource ? "../testing/mod.ts" : "./testing.js"),
+  };
+  const map = JSON.stringify({ imports });
   return `data:application/json,${encodeURIComponent(map)}`;
 }
 

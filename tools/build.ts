@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /**
- * Builds what is shipped: the shim (both architectures), the single executable dist/ubd, the two
- * bundles of the npm package, dist/cli.js and dist/mod.js, and the packed package itself.
+ * Builds what is shipped: the shim (both architectures), the single executable dist/ubd, the
+ * bundles of the npm package, dist/cli.js, dist/mod.js and dist/testing.js, and the packed package.
  *
  *   bun tools/build.ts
  * @module
@@ -32,6 +32,7 @@ export async function build(): Promise<void> {
   // target=node keeps node: and bun: imports as they are, for both runtimes.
   bun("--target=node", "--external", "bun:ffi", "cli/main.ts", "--outfile", "dist/cli.js");
   bun("--target=node", "--external", "bun:ffi", "mod.ts", "--outfile", "dist/mod.js");
+  bun("--target=node", "--external", "bun:ffi", "testing/mod.ts", "--outfile", "dist/testing.js");
   // Without its scripts: prepack is this very build.
   execFileSync("npm", ["pack", "--ignore-scripts", "--pack-destination", "dist"], {
     cwd: ROOT,

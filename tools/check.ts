@@ -24,6 +24,7 @@ const ARROWS: Record<string, readonly string[]> = {
   core: ["abi", "ffi"],
   targets: ["abi", "core"],
   cli: ["abi", "core", "ffi", "targets"],
+  testing: ["abi", "core", "ffi"],
 };
 
 /** targets/ speaks to core through its public face, never to its machinery. */

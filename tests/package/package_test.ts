@@ -81,7 +81,7 @@ test(
     assert.ok(files.includes("package/systemd/ubd@.service"));
     assert.ok(files.includes("package/LICENSE") && files.includes("package/package.json"));
     const known =
-      /^package\/((abi|core|ffi|targets)\/\w+\.ts|mod\.ts|dist\/(cli|mod)\.js|systemd\/ubd@\.service|package\.json|LICENSE|README\.md|CHANGELOG\.md)$/;
+      /^package\/((abi|core|ffi|targets|testing)\/\w+\.ts|mod\.ts|dist\/(cli|mod|testing)\.js|systemd\/ubd@\.service|package\.json|LICENSE|README\.md|CHANGELOG\.md)$/;
     assert.deepStrictEqual(files.filter((file) => !known.test(file)), []);
   },
 );
@@ -139,10 +139,27 @@ for (const [runtime, args] of [["bun", []], ["deno", ["run", "-A", "-q"]]] as co
     );
     const [version, names] = JSON.parse(output(installed, runtime, [...args, "import.mjs"]));
     assert.strictEqual(version, VERSION);
-    for (const name of ["Control", "Device", "UblkError", "findTarget"]) {
+    for (const name of ["UblkError", "UsageError", "createDevice", "defineTarget"]) {
       assert.ok(names.includes(name), name);
     }
     assert.ok(existsSync(join(installed, "node_modules/ubd/mod.ts")));
+  });
+
+  test(`a target is tested with import("ubd/testing") under ${runtime}`, OPTIONS, () => {
+    writeFileSync(
+      join(installed, "testing.mjs"),
+      'import { defineTarget } from "ubd";\n' +
+        'import { checkAgainstModel, openForTesting } from "ubd/testing";\n' +
+        "const ones = defineTarget({ size: 4096, read: ({ buffer }) => void buffer.fill(1) });\n" +
+        "await using device = await openForTesting(ones);\n" +
+        "const [byte] = await device.read(512, 512);\n" +
+        "const missing = await checkAgainstModel(ones).catch((error) => error.message);\n" +
+        "console.log(JSON.stringify([byte, missing]));\n",
+    );
+    const [byte, missing] = JSON.parse(output(installed, runtime, [...args, "testing.mjs"]));
+    assert.strictEqual(byte, 1);
+    assert.match(missing, /^checkAgainstModel needs the package fast-check: install it/);
+    assert.ok(existsSync(join(installed, "node_modules/ubd/testing/mod.ts")));
   });
 }
 

@@ -60,7 +60,7 @@ test("layerFaults has nothing against what the rules allow", () => {
 });
 
 test("layerFaults finds none in the tree", () => {
-  const files = ["abi", "ffi", "core", "targets", "cli"].flatMap((layer) =>
+  const files = ["abi", "ffi", "core", "targets", "cli", "testing"].flatMap((layer) =>
     readdirSync(join(ROOT, layer)).filter((name) => name.endsWith(".ts"))
       .map((name) => `${layer}/${name}`)
   );
@@ -119,7 +119,17 @@ test("SYMBOLS has each export of shim/shim.zig with its types, and no other", ()
 });
 
 test("every source file starts with its license", () => {
-  const folders = ["abi", "ffi", "core", "targets", "cli", "shim", "tools", "tests/unit"];
+  const folders = [
+    "abi",
+    "ffi",
+    "core",
+    "targets",
+    "testing",
+    "cli",
+    "shim",
+    "tools",
+    "tests/unit",
+  ];
   for (const folder of [...folders, "tests/shim"]) {
     for (const name of readdirSync(join(ROOT, folder))) {
       if (!/\.(ts|zig|mjs)$/.test(name)) continue;

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: MIT
+/**
+ * The driver and the block layer, played for core/queue.ts over a real ring without a device.
+ *
+ * With charFd -1 the ring's FETCH and COMMIT are NOPs. This class stands between Queue and ring: it
+ * takes FETCH and COMMIT out of a batch before it is submitted, answers the request that was
+ * committed, and submits the FETCH of a tag as soon as there is a request for it, described in
+ * plain memory as the driver would. What else the queue does is the same as with a device.
+ *
+ * As the block layer, it asks again for the rest of a short READ or WRITE. As the driver, it takes
+ * the tags back with -ENODEV when the device stops and every request is answered.
+ * @module
+ */
+
+import { ERRNO, errnoName } from "../abi/errno.ts";
+import { OP_NAMES, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
+import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
+import { pack } from "../abi/struct.ts";
+import { SECTOR_BYTES } from "../core/queue.ts";
+import {
+  COMMAND_COMMIT,
+  COMMAND_FETCH,
+  EVENT_REQUEST,
+  type QueueConfig,
+  type QueueMemory,
+  RECORD_BYTES,
+  Shim,
+} from "../ffi/mod.ts";
+
+const WORDS = RECORD_BYTES / 4;
+const DESCRIPTOR_BYTES = UBLKSRV_IO_DESC.size;
+const PAGE_BYTES = 4096;
+
+/** What is in a buffer that is not to be looked at: it is no zero, and no data of a test. */
+const POISON = 0xa5;
+
+/** A request of the device failed. */
+export class RequestError extends Error {
+  /** Always "RequestError". */
+  override readonly name = "RequestError";
+  /** Name of the errno that the device answered, such as "ENOSPC". */
+  readonly code: string;
+
+  /**
+   * @param code errno's name.
+   * @param operation as the kernel calls it, such as "READ".
+   * @param offset of the request, in bytes.
+   * @param length of the request, in bytes.
+   */
+  constructor(code: string, operation: string, offset: number, length: number) {
+    super(`${operation} of ${length} bytes at ${offset}: ${code}`);
+    this.code = code;
+  }
+}
+
+/** One request of the block layer, from its submission to its answer. */
+interface Submitted {
+  readonly op: number;
+  readonly flags: number;
+  readonly offset: number;
+  readonly length: number;
+  /** Of READ: to be filled; of WRITE: to be written. */
+  readonly data: Uint8Array<ArrayBuffer>;
+  /** Bytes answered so far. */
+  done: number;
+  readonly settle: PromiseWithResolvers<void>;
+}
+
+interface PlayedQueue {
+  readonly config: QueueConfig;
+  readonly memory: QueueMemory;
+  /** Where each tag's data is. */
+  readonly data: Uint8Array<ArrayBuffer>[];
+  /** Tags the queue has given to the driver. */
+  readonly idle: number[];
+  readonly serving: (Submitted | undefined)[];
+  readonly submitted: Submitted[];
+  /** Tags the driver has taken back. */
+  readonly retired: Set<number>;
+  /** The eventfd by which the ring wakes the queue's event loop. */
+  notifyFd: number;
+}
+
+export class PlayedDriver extends Shim {
+  readonly #queues = new Map<number, PlayedQueue>();
+  #next = 0;
+  #stopping = false;
+
+  constructor(path?: string) {
+    super(path);
+    const { ubd_step, ubd_queue_notify } = this.native;
+    const native = {
+      ...this.native,
+      ubd_queue_notify: (handle: number, fd: number) => {
+        this.#queues.get(handle)!.notifyFd = fd;
+        return ubd_queue_notify(handle, fd);
+      },
+      ubd_step: (handle: number, count: number, wait: number) => {
+        const queue = this.#queues.get(handle)!;
+        const events = ubd_step(handle, this.#takeCommands(queue, count), wait);
+        this.#giveEvents(queue, events);
+        return events;
+      },
+    };
+    Object.assign(this, { native });
+  }
+
+  /** The configuration of a queue without a device. */
+  config(queueId: number, depth: number, ioBytesMax: number, wakeFd: number): QueueConfig {
+    return {
+      charFd: -1,
+      wakeFd,
+      queueId,
+      depth,
+      ioBytesMax,
+      fetchOpcode: 0,
+      commitOpcode: 0,
+      sqe128: false,
+      descriptorOffset: 0,
+      descriptorBytes: Math.ceil(depth * DESCRIPTOR_BYTES / PAGE_BYTES) * PAGE_BYTES,
+    };
+  }
+
+  override queueInit(config: QueueConfig): QueueMemory | number {
+    const memory = super.queueInit(config);
+    if (typeof memory === "number") return memory;
+    const { depth, ioBytesMax } = config;
+    this.#queues.set(memory.handle, {
+      config,
+      memory,
+      data: Array.from(
+        { length: depth },
+        (_, tag) => new Uint8Array(memory.buffers, tag * ioBytesMax, ioBytesMax),
+      ),
+      idle: [],
+      serving: new Array(depth),
+      submitted: [],
+      retired: new Set(),
+      notifyFd: -1,
+    });
+    return memory;
+  }
+
+  override renewBuffer(handle: number, tag: number, sizeBytes: number): ArrayBuffer | undefined {
+    const buffer = super.renewBuffer(handle, tag, sizeBytes);
+    if (buffer) this.#queues.get(handle)!.data[tag] = new Uint8Array(buffer);
+    return buffer;
+  }
+
+  /**
+   * Sends a request to the next queue in turn, where it waits for a free tag.
+   *
+   * @throws {RequestError} what the device answered; ENODEV after `stop`.
+   */
+  submit(
+    op: number,
+    flags: number,
+    offset: number,
+    length: number,
+    data: Uint8Array<ArrayBuffer>,
+  ): Promise<void> {
+    if (this.#stopping) throw new RequestError("ENODEV", OP_NAMES.get(op)!, offset, length);
+    const queues = [...this.#queues.values()];
+    const queue = queues[this.#next++ % queues.length]!;
+    const settle = Promise.withResolvers<void>();
+    queue.submitted.push({ op, flags, offset, length, data, done: 0, settle });
+    this.#wake(queue);
+    return settle.promise;
+  }
+
+  /** Takes the tags back once every request is answered. */
+  stop(): void {
+    this.#stopping = true;
+    for (const queue of this.#queues.values()) this.#wake(queue);
+  }
+
+  /** The queues are gone: whatever still waits fails. */
+  fail(error: unknown): void {
+    this.#stopping = true;
+    for (const { serving, submitted } of this.#queues.values()) {
+      for (const request of [...serving, ...submitted]) request?.settle.reject(error);
+    }
+  }
+
+  /** As the ring does when the driver completes a FETCH. */
+  #wake({ notifyFd }: PlayedQueue): void {
+    if (notifyFd >= 0) this.native.ubd_wake(notifyFd);
+  }
+
+  /** @returns how many commands are left for the ring. */
+  #takeCommands(queue: PlayedQueue, count: number): number {
+    const words = new Int32Array(queue.memory.commands);
+    let kept = 0;
+    for (let at = 0; at < count * WORDS; at += WORDS) {
+      const [op, tag, result] = [words[at]!, words[at + 1]!, words[at + 2]!];
+      if (op === COMMAND_FETCH || op === COMMAND_COMMIT) {
+        if (op === COMMAND_COMMIT) this.#answered(queue, tag, result);
+        queue.idle.push(tag);
+      } else {
+        words.copyWithin(kept++ * WORDS, at, at + WORDS);
+      }
+    }
+    const fetch = (tag: number) => words.set([COMMAND_FETCH, tag, 0, 0], kept++ * WORDS);
+    while (queue.submitted.length > 0 && queue.idle.length > 0) {
+      const tag = queue.idle.shift()!;
+      this.#describe(queue, tag, queue.submitted.shift()!);
+      fetch(tag);
+    }
+    if (this.#stopping && queue.idle.length === queue.config.depth) {
+      for (const tag of queue.idle.splice(0)) {
+        queue.retired.add(tag);
+        fetch(tag);
+      }
+    }
+    return kept;
+  }
+
+  #describe(queue: PlayedQueue, tag: number, request: Submitted): void {
+    const { op, flags, offset, length, data, done } = request;
+    queue.serving[tag] = request;
+    if (op === UBLK_IO_OP_READ) queue.data[tag]!.fill(POISON, 0, length - done);
+    if (op === UBLK_IO_OP_WRITE) queue.data[tag]!.set(data.subarray(done));
+    const descriptor = pack(UBLKSRV_IO_DESC, {
+      op_flags: (op | flags) >>> 0,
+      nr_sectors: (length - done) / SECTOR_BYTES,
+      start_sector: (offset + done) / SECTOR_BYTES,
+    });
+    new Uint8Array(queue.memory.descriptors).set(descriptor, tag * DESCRIPTOR_BYTES);
+  }
+
+  #answered(queue: PlayedQueue, tag: number, result: number): void {
+    const request = queue.serving[tag]!;
+    queue.serving[tag] = undefined;
+    const { op, offset, length, data, settle } = request;
+    const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
+    if (op === UBLK_IO_OP_READ && result > 0) {
+      data.set(queue.data[tag]!.subarray(0, result), request.done);
+    }
+    // Whoever still looks at a request that is answered shall see that it is.
+    if (moves) queue.data[tag]!.fill(POISON, 0, length - request.done);
+    if (result < 0) {
+      settle.reject(new RequestError(errnoName(-result), OP_NAMES.get(op)!, offset, length));
+      return;
+    }
+    request.done += result;
+    if (moves && request.done < length) queue.submitted.unshift(request);
+    else settle.resolve();
+  }
+
+  #giveEvents(queue: PlayedQueue, count: number): void {
+    for (let index = 0; index < count; index++) {
+      const event = new Int32Array(queue.memory.events, index * RECORD_BYTES, WORDS);
+      const taken = event[0] === EVENT_REQUEST && queue.retired.has(event[1]!);
+      if (taken) event[2] = -ERRNO.ENODEV;
+    }
+  }
+}
