@@ -50,7 +50,7 @@ export interface ZeroRequest extends Request {
  * Each request is answered exactly once, whatever a function does. An error it throws or rejects
  * with becomes that request's errno: the error's `code` when that names one (`ENOSPC`), else EIO;
  * so does a number that is no count of the request's bytes. A count below `length` has the kernel
- * ask again for the rest; 0 is an error.
+ * ask again for the rest, from the last whole block on; less than a block is an error.
  *
  * A function that returns no promise is answered at once, in a thread that does nothing else. From
  * the first promise on, the queue runs on its thread's event loop, with as many requests in flight
@@ -211,7 +211,7 @@ export function parseOptions(
   }
   return Object.fromEntries(
     Object.entries(options).map(([name, spec]) => {
-      const value = given[name] ?? spec.default;
+      const value = (Object.hasOwn(given, name) ? given[name] : undefined) ?? spec.default;
       if (value === undefined && spec.required) {
         throw new UsageError(
           `Option "${name}" is missing: --opt ${name}=${spec.type.toUpperCase()}`,

@@ -27,45 +27,62 @@ import type {
   WriteRequest,
   ZeroRequest,
 } from "./define_target.ts";
-import type { Queue } from "./queue.ts";
+import { type Queue, SECTOR_BYTES } from "./queue.ts";
 import type { RequestHandler, ServeContext } from "./target.ts";
 
 const TIMEOUT_DEFAULT_MS = 30_000;
+
+/** Longer ones fire at once. */
+const TIMER_MAX_MS = 2 ** 31 - 1;
 
 /** A tag's request, as all kinds of handlers see it. */
 class TagRequest implements ReadRequest, WriteRequest, ZeroRequest {
   readonly signal: AbortSignal;
   readonly #queue: Queue;
   readonly #tag: number;
+  /** All of the tag's memory, as long as the tag has it. */
+  readonly #memory: Uint8Array<ArrayBuffer>;
   #buffer: Uint8Array<ArrayBuffer>;
+  /** What it was about, once it was given up: the tag serves another request then. */
+  #left: { offset: number; length: number; flags: number } | undefined;
 
   constructor(queue: Queue, tag: number, signal: AbortSignal) {
     this.#queue = queue;
     this.#tag = tag;
+    this.#memory = queue.data(tag, queue.ioBytesMax);
     this.#buffer = queue.data(tag, 0);
     this.signal = signal;
   }
 
   get offset(): number {
-    return this.#queue.offset(this.#tag);
+    return this.#left?.offset ?? this.#queue.offset(this.#tag);
   }
 
   get length(): number {
-    return this.#queue.bytes(this.#tag);
+    return this.#left?.length ?? this.#queue.bytes(this.#tag);
   }
 
   get buffer(): Uint8Array<ArrayBuffer> {
     const { length } = this;
-    if (this.#buffer.length !== length) this.#buffer = this.#queue.data(this.#tag, length);
+    if (this.#buffer.length !== length) this.#buffer = this.#memory.subarray(0, length);
     return this.#buffer;
   }
 
   get fua(): boolean {
-    return (this.#queue.flags(this.#tag) & UBLK_IO_F_FUA) !== 0;
+    return (this.#flags & UBLK_IO_F_FUA) !== 0;
   }
 
   get mayUnmap(): boolean {
-    return (this.#queue.flags(this.#tag) & UBLK_IO_F_NOUNMAP) === 0;
+    return (this.#flags & UBLK_IO_F_NOUNMAP) === 0;
+  }
+
+  get #flags(): number {
+    return this.#left?.flags ?? this.#queue.flags(this.#tag);
+  }
+
+  /** The function that still holds it shall go on with what it was asked for. */
+  leave(): void {
+    this.#left = { offset: this.offset, length: this.length, flags: this.#flags };
   }
 }
 
@@ -74,6 +91,7 @@ export class FunctionHandler implements RequestHandler {
   readonly #log: (text: string) => void;
   readonly #timeoutMs: number;
   readonly #maxConcurrent: number;
+  readonly #blockSize: number;
   readonly #stop = new AbortController();
   readonly #requests: (TagRequest | undefined)[];
   /** A write is done and waits for `flush`. */
@@ -95,6 +113,7 @@ export class FunctionHandler implements RequestHandler {
     this.#log = log;
     this.#timeoutMs = device.timeoutMs ?? TIMEOUT_DEFAULT_MS;
     this.#maxConcurrent = device.maxConcurrent ?? depth;
+    this.#blockSize = device.blockSize ?? SECTOR_BYTES;
     this.#requests = new Array(depth);
     this.#syncing = new Uint8Array(depth);
     this.#done = new Float64Array(depth);
@@ -119,16 +138,16 @@ export class FunctionHandler implements RequestHandler {
   #call(queue: Queue, tag: number): void {
     const request = this.#requests[tag] ??= new TagRequest(queue, tag, this.#stop.signal);
     let answer: Answer;
+    let promise: Promise<void | number> | undefined;
     try {
       answer = this.#ask(queue, tag, request);
+      // Whatever else has a `then` may call back twice, or throw.
+      if (isPromise(answer)) promise = Promise.resolve(answer);
     } catch (error) {
       return this.#fail(queue, tag, error);
     }
-    if (typeof (answer as Promise<unknown> | undefined)?.then === "function") {
-      this.#wait(queue, tag, answer as Promise<void | number>);
-    } else {
-      this.#answer(queue, tag, answer as void | number);
-    }
+    if (promise) this.#wait(queue, tag, promise);
+    else this.#answer(queue, tag, answer as void | number);
   }
 
   #ask(queue: Queue, tag: number, request: TagRequest): Answer {
@@ -159,7 +178,7 @@ export class FunctionHandler implements RequestHandler {
     this.#deadlines[tag] = performance.now() + this.#timeoutMs;
     if (!this.#timer) this.#giveUpIn(queue, this.#timeoutMs);
     const settle = (work: () => void) => {
-      if (this.#turns[tag] !== turn) return;
+      if (this.#turns[tag] !== turn || queue.disposed) return;
       try {
         this.#free(tag);
         work();
@@ -187,13 +206,14 @@ export class FunctionHandler implements RequestHandler {
   }
 
   #giveUpIn(queue: Queue, ms: number): void {
-    this.#timer = setTimeout(() => this.#giveUp(queue), ms);
+    this.#timer = setTimeout(() => this.#giveUp(queue), Math.min(ms, TIMER_MAX_MS));
     this.#timer.unref();
   }
 
   /** Answers what is overdue, and comes back for the rest. */
   #giveUp(queue: Queue): void {
     this.#timer = undefined;
+    if (queue.disposed) return;
     const now = performance.now();
     let next = Infinity;
     try {
@@ -204,8 +224,9 @@ export class FunctionHandler implements RequestHandler {
           continue;
         }
         this.#free(tag);
-        queue.renewData(tag);
+        this.#requests[tag]!.leave();
         this.#requests[tag] = undefined;
+        queue.renewData(tag);
         const op = OP_NAMES.get(queue.op(tag));
         this.#log(`${op} took more than ${this.#timeoutMs} ms and was given up`);
         queue.commit(tag, -ERRNO.ETIMEDOUT);
@@ -221,10 +242,15 @@ export class FunctionHandler implements RequestHandler {
     if (this.#syncing[tag]) return queue.commit(tag, this.#done[tag]!);
     const op = queue.op(tag);
     const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
-    const bytes = moves ? queue.bytes(tag) : 0;
-    const done = value === undefined || !moves ? bytes : value;
-    if (!Number.isInteger(done) || done < 0 || done > bytes || moves && done === 0) {
-      return this.#fail(queue, tag, new RangeError(`it answered ${value}, of ${bytes} bytes`));
+    const bytes = queue.bytes(tag);
+    if (value !== undefined && !(Number.isInteger(value) && value >= 0 && value <= bytes)) {
+      const what = typeof value === "number" ? value : `a ${typeof value}`;
+      return this.#fail(queue, tag, new RangeError(`it answered ${what}, of ${bytes} bytes`));
+    }
+    // Whole blocks: the kernel cannot ask again for a part of one.
+    const done = moves ? Math.floor((value ?? bytes) / this.#blockSize) * this.#blockSize : 0;
+    if (moves && done === 0) {
+      return this.#fail(queue, tag, new RangeError(`it answered ${value}: less than a block`));
     }
     if (!this.#mustSync(queue, tag, op)) return queue.commit(tag, done);
     this.#done[tag] = done;
@@ -239,12 +265,32 @@ export class FunctionHandler implements RequestHandler {
   }
 
   #fail(queue: Queue, tag: number, error: unknown): void {
-    const code = (error as { code?: unknown } | null)?.code;
-    const errno = typeof code === "string" ? ERRNO[code as keyof typeof ERRNO] : undefined;
-    if (errno === undefined) {
-      const detail = error instanceof Error ? error.stack ?? error.message : String(error);
-      this.#log(`${OP_NAMES.get(queue.op(tag))} fails: ${detail}`);
-    }
+    const errno = errnoOf(error);
+    if (errno === undefined) this.#log(`${OP_NAMES.get(queue.op(tag))} fails: ${describe(error)}`);
     queue.commit(tag, -(errno ?? ERRNO.EIO));
+  }
+}
+
+function isPromise(answer: Answer): answer is Promise<void | number> {
+  return typeof (answer as Promise<unknown> | null | undefined)?.then === "function";
+}
+
+/** What was thrown may be anything; nothing of it may throw again. */
+function errnoOf(error: unknown): number | undefined {
+  try {
+    const { code } = error as { code?: unknown };
+    return typeof code === "string" && Object.hasOwn(ERRNO, code)
+      ? ERRNO[code as keyof typeof ERRNO]
+      : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+function describe(error: unknown): string {
+  try {
+    return error instanceof Error ? error.stack ?? error.message : String(error);
+  } catch {
+    return `a ${typeof error} that cannot be shown`;
   }
 }

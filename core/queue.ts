@@ -100,9 +100,20 @@ export class Queue implements Disposable {
     this.#startSector = new Float64Array(config.depth);
   }
 
-  /** Closes the ring; what the driver still holds of it is cancelled. Views die with it. */
+  /** The ring is closed: nothing may be asked of it any more. */
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
+  /**
+   * Closes the ring; what the driver still holds of it is cancelled. Views die with it, except
+   * those of a request that is being served: its function may still write to it.
+   */
   [Symbol.dispose](): void {
     if (this.#disposed) return;
+    const serving = this.#state.indexOf(SERVING);
+    // What was renewed once is never unmapped.
+    if (serving >= 0) this.#shim.renewBuffer(this.#memory.handle, serving, this.ioBytesMax);
     this.#disposed = true;
     this.#shim.native.ubd_queue_exit(this.#memory.handle);
   }

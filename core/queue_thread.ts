@@ -172,7 +172,8 @@ export async function openInThread(
 }
 
 /** Serves a target on this thread's event loop, with any number of queues. */
-export function openHere(target: ServedTarget, shim: Shim, log: Log): OpenTarget {
+export function openHere(target: ServedTarget, shim: Shim, logAny: Log): OpenTarget {
+  const log = sayingOnce(logAny);
   let serving = 0;
   let closed: Promise<void> | undefined;
   const close = () => closed ??= (async () => await target.close?.())();
@@ -229,6 +230,20 @@ function serveContext({ depth, ioBytesMax, blockName }: Assignment, log: Log): S
   return { depth, ioBytesMax, log, deviceBytes: () => blockDeviceBytes(blockName) };
 }
 
+/** How many different texts are kept in mind: some tell an offset. */
+const SAID_MAX = 1000;
+
+/** Drops what it has said before. */
+function sayingOnce(log: Log): Log {
+  const said = new Set<string>();
+  return (text) => {
+    if (said.has(text)) return;
+    if (said.size >= SAID_MAX) said.clear();
+    said.add(text);
+    log(text);
+  };
+}
+
 const logFailure = (log: Log) => (error: unknown) =>
   log(`the target failed: ${(error as Error)?.stack ?? error}`);
 
@@ -242,12 +257,7 @@ export async function runQueueThread(
 ): Promise<void> {
   const { shimPath, target, orders, stats } = workerData as WorkerData;
   const send = (message: Message) => parentPort!.postMessage(message);
-  const said = new Set<string>();
-  const log = (text: string) => {
-    if (said.has(text)) return;
-    said.add(text);
-    send({ type: "log", text });
-  };
+  const log = sayingOnce((text) => send({ type: "log", text }));
   try {
     const told = new Promise<Assignment | undefined>((resolve) =>
       parentPort!.once("message", resolve)
