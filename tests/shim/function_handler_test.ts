@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT
+/**
+ * core/function_handler.ts on a bare ring, where FETCH is a NOP and so each tag always has a
+ * request: what it costs when nothing happens, and what a request costs the heap.
+ *
+ * Needs io_uring. Nothing here asserts a time.
+ */
+import assert from "node:assert/strict";
+import process from "node:process";
+import { test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
+import { UBLK_IO_OP_READ } from "../../abi/ublk_cmd.ts";
+import type { BlockDevice } from "../../core/define_target.ts";
+import { FunctionHandler } from "../../core/function_handler.ts";
+import { Queue } from "../../core/queue.ts";
+import { type QueueMemory, Shim } from "../../ffi/mod.ts";
+
+/** A queue whose every request is a READ of 512 bytes. */
+function setUp(device: BlockDevice, depth: number) {
+  const shim = new Shim();
+  const wakeFd = shim.native.ubd_eventfd(0);
+  let memory!: QueueMemory;
+  const queueInit = shim.queueInit.bind(shim);
+  shim.queueInit = (config) => memory = queueInit(config) as QueueMemory;
+  let steps = 0;
+  const { ubd_step } = shim.native;
+  const counted = (handle: number, count: number, wait: number) => {
+    steps++;
+    return ubd_step(handle, count, wait);
+  };
+  Object.assign(shim, { native: { ...shim.native, ubd_step: counted } });
+  const queue = new Queue(shim, {
+    charFd: -1,
+    wakeFd,
+    queueId: 0,
+    depth,
+    ioBytesMax: 4096,
+    fetchOpcode: 0,
+    commitOpcode: 0,
+    sqe128: false,
+    descriptorOffset: 0,
+    descriptorBytes: Math.ceil(depth * 24 / 4096) * 4096,
+  });
+  const descriptors = new DataView(memory.descriptors);
+  for (let tag = 0; tag < depth; tag++) {
+    descriptors.setUint32(tag * 24, UBLK_IO_OP_READ, true);
+    descriptors.setUint32(tag * 24 + 4, 1, true);
+    descriptors.setBigUint64(tag * 24 + 8, BigInt(tag), true);
+  }
+  const log: string[] = [];
+  const context = { depth, ioBytesMax: 4096, log: (text: string) => void log.push(text) };
+  return {
+    queue,
+    log,
+    handler: new FunctionHandler(device, context),
+    steps: () => steps,
+    leave: () => shim.native.ubd_wake(wakeFd),
+    [Symbol.dispose]() {
+      queue[Symbol.dispose]();
+      shim.native.ubd_close(wakeFd);
+    },
+  };
+}
+
+test("a queue on the event loop that has nothing to do does not turn", async () => {
+  const waiting: (() => void)[] = [];
+  const read = () => new Promise<void>((resolve) => waiting.push(resolve));
+  using set = setUp({ size: 4096, read }, 4);
+  const fail = (error: unknown) => assert.fail(`${error}`);
+  const running = set.queue.runOnEventLoop(set.handler, () => true, fail);
+  while (waiting.length < 4) await sleep(1);
+  await sleep(20); // What had begun is over.
+  const before = set.steps();
+  await sleep(300);
+  assert.equal(set.steps(), before, "turns while idle");
+  waiting.shift()!();
+  while (waiting.length < 4) await sleep(1);
+  assert.ok(set.steps() > before, "an answer starts it again");
+  set.leave();
+  await running;
+  assert.deepEqual(set.log, []);
+});
+
+test("what settles after the queue has ended touches nothing of it", async () => {
+  const settle: (() => void)[] = [];
+  const buffers: Uint8Array[] = [];
+  const device: BlockDevice = {
+    size: 4096,
+    timeoutMs: 50,
+    maxConcurrent: 2,
+    read({ buffer }) {
+      buffers.push(buffer);
+      return new Promise<void>((resolve) => settle.push(resolve));
+    },
+  };
+  const set = setUp(device, 4);
+  set.leave();
+  await set.queue.runOnEventLoop(set.handler, () => buffers.length > 0, assert.fail);
+  set[Symbol.dispose]();
+  assert.equal(buffers.length, 2);
+  for (const buffer of buffers) buffer.fill(1); // Unmapped, this would be the end.
+  settle[0]!();
+  await sleep(100); // The other one is late, and was given up with its queue.
+  settle[1]!();
+  await sleep(1);
+  assert.equal(buffers.length, 2, "no request is begun");
+  assert.deepEqual(set.log, []);
+});
+
+const REQUESTS = 1_000_000;
+const SAMPLE = 5000;
+
+/**
+ * Bytes that a million requests of a function put on the heap: the sum of its growths, so that
+ * collections in between do not hide them.
+ */
+function allocated(read: BlockDevice["read"]): number {
+  let served = 0;
+  let sum = 0;
+  let last = 0;
+  using set = setUp({
+    size: 4096,
+    read(request) {
+      if (++served % SAMPLE === 0) {
+        const { heapUsed } = process.memoryUsage();
+        // The first quarter is for the compilers.
+        if (served > REQUESTS / 4 && heapUsed > last) sum += heapUsed - last;
+        last = heapUsed;
+      }
+      if (served === REQUESTS) set.leave();
+      return read(request);
+    },
+  }, 64);
+  set.queue.run(set.handler, () => true, assert.fail);
+  return sum;
+}
+
+/** Half of what the smallest object for each request takes. */
+const NOISE = REQUESTS * 0.75 * 16 / 2;
+
+const OPTIONS = {
+  timeout: 60_000,
+  skip: "Bun" in globalThis && "Bun's heap does not tell what was allocated, only what is left",
+};
+let kept: unknown;
+
+test("a function that returns no promise costs the heap nothing", OPTIONS, () => {
+  const bytes = allocated(({ offset, length, buffer }) => {
+    buffer[0] = offset + length;
+  });
+  assert.ok(bytes < NOISE, `${bytes} bytes for ${REQUESTS} requests`);
+});
+
+test("the measure above sees an object for each request", OPTIONS, () => {
+  const bytes = allocated(({ offset }) => {
+    kept = { offset };
+  });
+  assert.ok(bytes > NOISE, `${bytes} bytes for ${REQUESTS} requests`);
+  assert.ok(kept);
+});
