@@ -14,6 +14,7 @@ import { DEPTH_DEFAULT, Device, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "./devic
 import { openHere } from "./queue_thread.ts";
 import type { DeviceStats } from "./stats.ts";
 
+/** What `createDevice` may be told. */
 export interface CreateDeviceOptions {
   /** Device id; the driver answers EEXIST when it is taken. Default: the next free one. */
   id?: number;
@@ -33,6 +34,7 @@ export interface CreateDeviceOptions {
 
 /** A device served by this program. */
 export interface ServedDevice extends AsyncDisposable {
+  /** Its number in the driver. */
   readonly id: number;
   /** The block device, such as "/dev/ublkb0". */
   readonly path: string;

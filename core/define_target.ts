@@ -26,11 +26,13 @@ export interface Request {
   readonly signal: AbortSignal;
 }
 
+/** What `read` is asked. */
 export interface ReadRequest extends Request {
   /** `length` zeroes, to be filled: the kernel's own request, not a copy. */
   readonly buffer: Uint8Array<ArrayBuffer>;
 }
 
+/** What `write` is asked. */
 export interface WriteRequest extends Request {
   /** The `length` bytes to be written: the kernel's own request, not a copy. */
   readonly buffer: Uint8Array<ArrayBuffer>;
@@ -38,7 +40,9 @@ export interface WriteRequest extends Request {
   readonly fua: boolean;
 }
 
+/** What `writeZeroes` is asked. */
 export interface ZeroRequest extends Request {
+  /** As of a {@linkcode WriteRequest}. */
   readonly fua: boolean;
   /** The extent may be deallocated, as long as it reads as zeroes. */
   readonly mayUnmap: boolean;
@@ -62,6 +66,7 @@ export interface BlockDevice {
   size: number;
   /** Unit of every request in bytes: 512 (default), 1024, 2048 or 4096. */
   blockSize?: number;
+  /** Fills `buffer`: what it leaves out is zeroes. */
   read(request: ReadRequest): Answer;
   /** Default: the device is read-only. */
   write?(request: WriteRequest): Answer;
@@ -87,14 +92,17 @@ export interface OptionSpec {
   type: "string" | "number" | "boolean" | "size" | "path";
   /** One line for --help. */
   description?: string;
+  /** What it is when it is not given: a value, or text as of `--opt`. */
   default?: string | number | boolean;
   /** It must be given. */
   required?: boolean;
 }
 
+/** The options of a target, by name. */
 export type OptionSpecs = Record<string, OptionSpec>;
 
-type OptionValue<Spec extends OptionSpec> = Spec["type"] extends "number" | "size" ? number
+/** What an option of a type is. */
+export type OptionValue<Spec extends OptionSpec> = Spec["type"] extends "number" | "size" ? number
   : Spec["type"] extends "boolean" ? boolean
   : string;
 
@@ -111,6 +119,7 @@ export interface TargetDefinition<
   Specs extends OptionSpecs = OptionSpecs,
   Shared = unknown,
 > {
+  /** What may be given to it, by name. Default: nothing. */
   options?: Specs;
   /**
    * Lets the device have several queues, each in a thread with an `open` of its own: called once,
@@ -123,10 +132,11 @@ export interface TargetDefinition<
 }
 
 /** Found on definitions also of another copy of this library. */
-const MARK = Symbol.for("ubd.target");
+export const MARK: unique symbol = Symbol.for("ubd.target");
 
 /** What `defineTarget` returns: for `createDevice`, or a module's default export. */
 export interface Target {
+  /** What it was made of. */
   readonly [MARK]: TargetDefinition;
 }
 
@@ -159,6 +169,11 @@ export interface Target {
  * ```
  */
 export function defineTarget(target: BlockDevice): Target;
+/**
+ * Defines a block device with options, or one that `open` makes when it is needed.
+ *
+ * @param target its options, and an `open` that gets their values.
+ */
 export function defineTarget<const Specs extends OptionSpecs, Shared>(
   target: TargetDefinition<Specs, Shared>,
 ): Target;

@@ -9,6 +9,7 @@
 
 import { errnoName, errnoText } from "../abi/errno.ts";
 
+/** What a `UblkError` is made of. */
 export interface UblkErrorDetails {
   /** Errno name, such as "EBUSY"; "ETIMEDOUT" when a deadline passed. */
   errno: string;
@@ -18,6 +19,7 @@ export interface UblkErrorDetails {
   device?: number;
   /** What to do next, as an imperative. The default comes from the table below. */
   hint?: string;
+  /** The error behind it. */
   cause?: unknown;
 }
 
@@ -31,12 +33,18 @@ export interface UblkErrorDetails {
  * ```
  */
 export class UblkError extends Error {
+  /** Always "UblkError". */
   override readonly name = "UblkError";
+  /** Errno name, such as "EBUSY". */
   readonly errno: string;
+  /** What was being done. */
   readonly operation: string;
+  /** Device id, when there is one. */
   readonly device: number | undefined;
+  /** What to do next. */
   readonly hint: string | undefined;
 
+  /** The message is made of the details. */
   constructor({ errno, operation, device, hint, cause }: UblkErrorDetails) {
     const advice = hint ?? hintFor(operation, errno);
     const where = device === undefined ? "" : ` on device ${device}`;
@@ -70,6 +78,7 @@ export class UblkError extends Error {
 
 /** A mistake in what the caller asked for: nothing was tried. */
 export class UsageError extends Error {
+  /** Always "UsageError". */
   override readonly name = "UsageError";
 }
 

@@ -29,10 +29,15 @@ export interface OperationStats {
 
 /** Requests answered since the device was started, by operation. */
 export interface DeviceStats {
+  /** READ. */
   read: OperationStats;
+  /** WRITE. */
   write: OperationStats;
+  /** FLUSH, without those that a FUA led to. */
   flush: OperationStats;
+  /** DISCARD. */
   discard: OperationStats;
+  /** WRITE_ZEROES. */
   writeZeroes: OperationStats;
 }
 

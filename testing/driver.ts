@@ -42,6 +42,8 @@ export class RequestError extends Error {
   readonly code: string;
 
   /**
+   * Of the request that failed.
+   *
    * @param code errno's name.
    * @param operation as the kernel calls it, such as "READ".
    * @param offset of the request, in bytes.

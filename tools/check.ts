@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /**
- * The house's rules, one name each: formatter, linter, types, the layers, and the verbs' pages.
+ * The house's rules, one name each: formatter, linter, types, documentation, layers, and the pages
+ * of the verbs.
  *
  *   bun tools/check.ts
  *
@@ -81,6 +82,7 @@ const CHECKS: readonly (readonly [string, () => void])[] = [
   ["format", () => run("deno", ["fmt", "--check", "--quiet"])],
   ["lint", () => run("deno", ["lint", "--quiet"])],
   ["types", () => run("deno", ["check", "--quiet", ...sourceFiles()])],
+  ["docs", () => run("deno", ["doc", "--lint", "--quiet", "mod.ts", "testing/mod.ts"])],
   ["layers", () => {
     const faults = layerFaults((file) => readFileSync(join(ROOT, file), "utf8"), sourceFiles());
     if (faults.length > 0) throw new Error(faults.join("\n"));

@@ -62,11 +62,12 @@ function setUp(device: BlockDevice, depth: number) {
   };
 }
 
+const fail = (error: unknown) => assert.fail(`${error}`);
+
 test("a queue on the event loop that has nothing to do does not turn", async () => {
   const waiting: (() => void)[] = [];
   const read = () => new Promise<void>((resolve) => waiting.push(resolve));
   using set = setUp({ size: 4096, read }, 4);
-  const fail = (error: unknown) => assert.fail(`${error}`);
   const running = set.queue.runOnEventLoop(set.handler, () => true, fail);
   while (waiting.length < 4) await sleep(1);
   await sleep(20); // What had begun is over.
@@ -95,7 +96,7 @@ test("what settles after the queue has ended touches nothing of it", async () =>
   };
   const set = setUp(device, 4);
   set.leave();
-  await set.queue.runOnEventLoop(set.handler, () => buffers.length > 0, assert.fail);
+  await set.queue.runOnEventLoop(set.handler, () => buffers.length > 0, fail);
   set[Symbol.dispose]();
   assert.equal(buffers.length, 2);
   for (const buffer of buffers) buffer.fill(1); // Unmapped, this would be the end.
@@ -131,7 +132,7 @@ function allocated(read: BlockDevice["read"]): number {
       return read(request);
     },
   }, 64);
-  set.queue.run(set.handler, () => true, assert.fail);
+  set.queue.run(set.handler, () => true, fail);
   return sum;
 }
 
