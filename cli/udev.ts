@@ -9,7 +9,6 @@
  * @module
  */
 
-import { Buffer } from "node:buffer";
 import { spawnSync } from "node:child_process";
 import {
   chmodSync,
@@ -25,7 +24,8 @@ import { dirname } from "node:path";
 import process from "node:process";
 import type { Command } from "commander";
 import { UblkError, UsageError } from "../core/error.ts";
-import { OWNER_BASE64 } from "../ffi/shim_binary.ts";
+import { unpackBinary } from "../ffi/load.ts";
+import { OWNER_PACKED } from "../ffi/shim_binary.ts";
 
 const RULES_PATH = "/etc/udev/rules.d/60-ubd.rules";
 const OWNER_PATH = "/usr/local/lib/ubd/ubd-owner";
@@ -84,9 +84,9 @@ ACTION!="remove", KERNEL=="ublk[bc][0-9]*", RUN+="${OWNER_PATH} %k"
 }
 
 function install(group: string | undefined): string[] {
-  const base64 = OWNER_BASE64[arch() as keyof typeof OWNER_BASE64];
+  const packed = OWNER_PACKED[arch() as keyof typeof OWNER_PACKED];
   // Not in the middle of a name that udevd may be looking at.
-  write(OWNER_PATH, Buffer.from(base64, "base64"), 0o755);
+  write(OWNER_PATH, unpackBinary(packed), 0o755);
   write(RULES_PATH, rules(group), 0o644);
   return [OWNER_PATH, RULES_PATH];
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /**
  * Finds and loads the shim, in the same way from source, from an npm package and from inside a
- * compiled executable: it travels as base64 in shim_binary.ts (made by tools/build_shim.ts).
+ * compiled executable: it travels as text in shim_binary.ts (made by tools/build_shim.ts).
  *
  * dlopen needs a file. A private temporary file is written, opened and unlinked, and loaded
  * through /proc/self/fd, so that nothing is left behind and nobody can put another file in its
@@ -14,7 +14,8 @@ import { closeSync, mkdtempSync, openSync, rmdirSync, unlinkSync, writeFileSync 
 import { arch, tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { SHIM_BASE64 } from "./shim_binary.ts";
+import { inflateRawSync } from "node:zlib";
+import { SHIM_PACKED } from "./shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "./symbols.ts";
 
 /** Raised together with shim_version in shim/shim.zig. */
@@ -33,9 +34,9 @@ export interface LoadedShim {
 export function loadShim(adapter: Adapter, known?: string): LoadedShim {
   if (known !== undefined) return { native: adapter.load(known, SYMBOLS), path: known };
 
-  const base64 = SHIM_BASE64[arch() as keyof typeof SHIM_BASE64];
-  if (!base64) throw new Error(`Cannot load the ubd shim: none is built for ${arch()}`);
-  const bytes = Buffer.from(base64, "base64");
+  const packed = SHIM_PACKED[arch() as keyof typeof SHIM_PACKED];
+  if (!packed) throw new Error(`Cannot load the ubd shim: none is built for ${arch()}`);
+  const bytes = unpackBinary(packed);
 
   const attempts: string[] = [];
   const places = [tmpdir(), "/dev/shm", "/run", "/var/tmp", process.cwd()];
@@ -55,6 +56,11 @@ export function loadShim(adapter: Adapter, known?: string): LoadedShim {
     }
   }
   throw new Error(`Cannot load the ubd shim (${attempts.join("; ")})`);
+}
+
+/** @param packed one of shim_binary.ts. */
+export function unpackBinary(packed: string): Uint8Array {
+  return inflateRawSync(Buffer.from(packed, "base64"));
 }
 
 function unlinkedFile(place: string, bytes: Uint8Array): number {

@@ -142,7 +142,11 @@ export async function openForTesting(
       const wakeFd = driver.native.ubd_eventfd(0);
       if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring");
       wakeFds.push(wakeFd);
-      await thread.serve(driver.config(queueId, depth, ioBytesMax, wakeFd));
+      // The kernel knows no device of this name, so its size is the target's.
+      await thread.serve({
+        ...driver.config(queueId, depth, ioBytesMax, wakeFd),
+        blockName: "none",
+      });
     }
   } catch (error) {
     for (const thread of threads) thread.abandon();

@@ -30,9 +30,10 @@ export async function build(): Promise<void> {
   mkdirSync(join(ROOT, "dist"));
   bun(...EXECUTABLE, "cli/main.ts", "--outfile", "dist/ubd");
   // target=node keeps node: and bun: imports as they are, for both runtimes.
-  bun("--target=node", "--external", "bun:ffi", "cli/main.ts", "--outfile", "dist/cli.js");
-  bun("--target=node", "--external", "bun:ffi", "mod.ts", "--outfile", "dist/mod.js");
-  bun("--target=node", "--external", "bun:ffi", "testing/mod.ts", "--outfile", "dist/testing.js");
+  const bundle = ["--target=node", "--external", "bun:ffi"];
+  bun(...bundle, "--minify-whitespace", "cli/main.ts", "--outfile", "dist/cli.js");
+  bun(...bundle, "mod.ts", "--outfile", "dist/mod.js");
+  bun(...bundle, "testing/mod.ts", "--outfile", "dist/testing.js");
   // Without its scripts: prepack is this very build.
   execFileSync("npm", ["pack", "--ignore-scripts", "--pack-destination", "dist"], {
     cwd: ROOT,

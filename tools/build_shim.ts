@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /**
  * Builds the shim for x86_64 and aarch64, and the small program that udev runs, and writes them,
- * as base64, to ffi/shim_binary.ts.
+ * deflated and in base64, to ffi/shim_binary.ts.
  *
  *   bun tools/build_shim.ts
  *
@@ -15,6 +15,7 @@ import { createHash } from "node:crypto";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { deflateRawSync } from "node:zlib";
 import { fetchPackages } from "./debian.ts";
 import { findZig } from "./zig.ts";
 
@@ -30,7 +31,7 @@ const TARGETS = [
 /** The library, and the program that udev runs. */
 const PARTS = [
   {
-    name: "SHIM_BASE64",
+    name: "SHIM_PACKED",
     // LLVM and LLD by name: Zig's own linker knows no version scripts.
     args: (file: (name: string) => string) => [
       ...["build-lib", file("shim.zig"), "-dynamic", "-fPIC", "-fllvm", "-flld"],
@@ -38,7 +39,7 @@ const PARTS = [
     ],
   },
   {
-    name: "OWNER_BASE64",
+    name: "OWNER_PACKED",
     args: (file: (name: string) => string) => [
       // Not -fsingle-threaded: liburing reads its stack canary from the thread's memory.
       ...["build-exe", file("owner.zig"), "-fllvm", "-flld"],
@@ -98,7 +99,9 @@ export async function buildShim(): Promise<void> {
     for (const part of PARTS) {
       const bytes = compile(zig, part, target, liburing);
       console.error(`ubd: ${part.name} for ${target.triple}: ${bytes.length} (Zig ${version})`);
-      const entry = `  ${target.name}:\n    "${Buffer.from(bytes).toString("base64")}",\n`;
+      // Every bundle of the package carries them.
+      const packed = deflateRawSync(bytes, { level: 9 }).toString("base64");
+      const entry = `  ${target.name}:\n    "${packed}",\n`;
       (entries[part.name] ??= []).push(entry);
     }
   }

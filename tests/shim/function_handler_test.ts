@@ -48,7 +48,12 @@ function setUp(device: BlockDevice, depth: number) {
     descriptors.setBigUint64(tag * 24 + 8, BigInt(tag), true);
   }
   const log: string[] = [];
-  const context = { depth, ioBytesMax: 4096, log: (text: string) => void log.push(text) };
+  const context = {
+    depth,
+    ioBytesMax: 4096,
+    log: (text: string) => void log.push(text),
+    deviceBytes: () => undefined,
+  };
   return {
     queue,
     log,

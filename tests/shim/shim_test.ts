@@ -6,7 +6,6 @@
  * Needs io_uring. File descriptors are counted in /proc/self/fd.
  */
 import assert from "node:assert/strict";
-import { Buffer } from "node:buffer";
 import { execFileSync, spawnSync } from "node:child_process";
 import {
   existsSync,
@@ -25,9 +24,9 @@ import { ERRNO } from "../../abi/errno.ts";
 import { IO_URING_CQE, IO_URING_PARAMS, IO_URING_SQE, SQE_CMD_OFFSET } from "../../abi/io_uring.ts";
 import type { Layout } from "../../abi/struct.ts";
 import { UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC } from "../../abi/ublk_structs.ts";
-import { loadShim, SHIM_VERSION } from "../../ffi/load.ts";
+import { loadShim, SHIM_VERSION, unpackBinary } from "../../ffi/load.ts";
 import { PAYLOAD_COUNT, type QueueConfig, Shim } from "../../ffi/mod.ts";
-import { OWNER_BASE64, SHIM_BASE64 } from "../../ffi/shim_binary.ts";
+import { OWNER_PACKED, SHIM_PACKED } from "../../ffi/shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "../../ffi/symbols.ts";
 
 const { adapter }: { adapter: Adapter } = "Bun" in globalThis
@@ -427,7 +426,7 @@ function readElf(bytes: Uint8Array): Elf {
 
 for (const [name, machine] of [["x64", 62], ["arm64", 183]] as const) {
   test(`the ${name} library needs no other, and exports exactly SYMBOLS`, () => {
-    const bytes = new Uint8Array(Buffer.from(SHIM_BASE64[name], "base64"));
+    const bytes = new Uint8Array(unpackBinary(SHIM_PACKED[name]));
     const elf = readElf(bytes);
     const [DT_NEEDED, DT_TEXTREL, PT_TLS, PT_INTERP] = [1n, 22n, 7, 3];
     assert.strictEqual(elf.machine, machine);
@@ -593,7 +592,7 @@ test("the program that udev runs fails for what is no device of a user", () => {
   const directory = mkdtempSync(join(tmpdir(), "ubd-owner-"));
   try {
     const program = join(directory, "ubd-owner");
-    const bytes = Buffer.from(OWNER_BASE64[arch() as keyof typeof OWNER_BASE64], "base64");
+    const bytes = unpackBinary(OWNER_PACKED[arch() as keyof typeof OWNER_PACKED]);
     writeFileSync(program, bytes, { mode: 0o700 });
     for (const args of [["ublkc1048575"], ["ublkb1048575p1"], ["ublkc"], ["sda"], [""], []]) {
       const { status, signal, stdout } = spawnSync(program, args, { encoding: "utf8" });
@@ -605,5 +604,5 @@ test("the program that udev runs fails for what is no device of a user", () => {
 });
 
 test("a library is built for this machine", () => {
-  assert.ok(Object.keys(SHIM_BASE64).includes(arch()));
+  assert.ok(Object.keys(SHIM_PACKED).includes(arch()));
 });
