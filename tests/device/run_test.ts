@@ -105,19 +105,33 @@ deviceTest("run says who still uses its device, and it goes when they are done",
   assert.equal(await scene.sh(`cat ${point}/file; umount ${point}`), "kept");
 });
 
+/** Runs its arguments on a terminal of their own, and types Ctrl-C once there is a file `ready`. */
+const TERMINAL = `
+  sysopen(my $terminal, "/dev/ptmx", O_RDWR | O_NOCTTY) or die $!;
+  my $number = pack("i", 0);
+  ioctl($terminal, 0x40045431, $number) or die $!; # TIOCSPTLCK: unlock
+  ioctl($terminal, 0x80045430, $number) or die $!; # TIOCGPTN
+  my $child = fork;
+  if (!$child) {
+    setsid();
+    open(STDIN, "+<", "/dev/pts/" . unpack("i", $number)) or die $!;
+    ioctl(STDIN, 0x540e, 0) or die $!; # TIOCSCTTY
+    open(STDOUT, ">&STDIN"); open(STDERR, ">&STDIN");
+    exec @ARGV;
+  }
+  select(undef, undef, undef, 0.1) until -s "ready";
+  syswrite($terminal, "\\003");
+  waitpid($child, 0);
+  exit($? & 127 ? 99 : $? >> 8);`;
+
 deviceTest("Ctrl-C on a terminal reaches the command once, and the device is deleted", {
   anyKernel: true,
 }, async (scene) => {
   const command = "trap 'echo int >> ints' INT; echo {} > ready; " +
     "until test -s ints; do sleep 0.1; done; sleep 1; exit 5";
-  await scene.sh(`cat > command.sh <<'END'
-ubd run null -- bash -c "${command}"
-echo $? > code
-END`);
-  await scene.sh(
-    `(until test -s ready; do sleep 0.1; done; printf '\\003'; until test -s code; do sleep 0.1; done) |
-       script -qec "bash -i command.sh" /dev/null`,
-  );
-  assert.equal(await scene.sh("cat ints code"), "int\n5");
+  const ubd = ["ubd", "run", "null", "--", "bash", "-c", command];
+  const { code, stderr } = await scene.run(["perl", "-MFcntl", "-MPOSIX", "-e", TERMINAL, ...ubd]);
+  assert.equal(code, 5, stderr);
+  assert.equal(await scene.sh("cat ints"), "int");
   assert.ok(!existsSync(await scene.sh("cat ready")));
 });
