@@ -8,6 +8,7 @@ import { checkOptions, DEPTH_DEFAULT, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from ".
 import { describeOptions } from "../core/define_target.ts";
 import { UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
+import { ZERO_COPY_WISHES, type ZeroCopyWish } from "../core/zero_copy.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
 import { isModule, MODULE_TARGET } from "../targets/module.ts";
@@ -43,6 +44,9 @@ export interface AddOptions {
   supervise?: boolean;
   partscan: boolean;
   rootStorage?: boolean;
+  zeroCopy?: ZeroCopyWish;
+  /** Zero copy is insisted on. */
+  z?: boolean;
   uring_comp?: boolean;
   need_get_data?: boolean;
   user_recovery?: boolean;
@@ -88,6 +92,12 @@ function collectOption(text: string, collected: Record<string, string> = {}) {
   if (name === undefined) throw new UsageError(`--opt ${text}: say --opt NAME=VALUE`);
   if (Object.hasOwn(collected, name)) throw new UsageError(`--opt ${name}: it is given twice`);
   return { ...collected, [name]: value! };
+}
+
+function parseZeroCopy(text: string): ZeroCopyWish {
+  const wish = ZERO_COPY_WISHES.find((candidate) => candidate === text);
+  if (wish) return wish;
+  throw new UsageError(`Zero copy "${text}": say --zero-copy=${ZERO_COPY_WISHES.join(" or =")}`);
 }
 
 export function defineAdd(program: Command): void {
@@ -150,6 +160,11 @@ export function defineDeviceOptions(command: Command): Command {
     .addOption(
       option("--mlock", "keep the server out of swap: about 200 MiB of memory for good", DEVICE),
     )
+    .addOption(
+      option("--zero-copy <mode>", "auto: where kernel and target allow; on, reg, off", DEVICE)
+        .argParser(parseZeroCopy),
+    )
+    .addOption(option("-z", "the same as --zero-copy=on", DEVICE).conflicts("zeroCopy"))
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
     .addOption(option("-f, --file <path>", "loop: the file or block device", TARGET))
     .addOption(
@@ -246,6 +261,7 @@ export function toSpec(
     ioBytesMax: options.max_io_buf_bytes ?? options.maxIoSize,
     compInTask: options.uring_comp ?? false,
     noPartScan: !options.partscan,
+    zeroCopy: options.zeroCopy ?? (options.z ? "on" as const : "auto" as const),
   };
   checkOptions(device);
   if (options.need_get_data) {

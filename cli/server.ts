@@ -52,7 +52,7 @@ import { surviveShutdown } from "./systemd.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
-  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax"> & {
+  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax" | "zeroCopy"> & {
     compInTask: boolean;
     noPartScan: boolean;
   };
@@ -170,7 +170,7 @@ export async function serve(
       },
     });
   const { id } = device.info;
-  const notes = [...target.notes];
+  const notes = [...target.notes, ...device.notes];
   if (device.info.queues < options.queues) {
     notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);
   }

@@ -366,15 +366,19 @@ export class Control implements Disposable {
   }
 }
 
-/** "kernel 6.12.90 lacks UPDATE_SIZE (needs 6.16)", for the lowest of these bits. */
-export function lackError(features: bigint, operation: string, device?: number): UblkError {
-  const [flag, name] = [...FEATURE_NAMES].find(([bit]) => bit & features) ?? [];
+/** "kernel 6.12.90 lacks UPDATE_SIZE (needs 6.16)": of several features, the youngest. */
+export function describeLack(features: bigint): string {
+  const [flag, name] = [...FEATURE_NAMES].findLast(([bit]) => bit & features) ?? [];
   const needs = flag === undefined ? undefined : FEATURE_KERNEL.get(flag);
+  return `kernel ${release()} lacks ${name ?? "a feature"} (needs ${needs ?? "a later one"})`;
+}
+
+export function lackError(features: bigint, operation: string, device?: number): UblkError {
   return new UblkError({
     errno: "EOPNOTSUPP",
     operation,
     ...(device !== undefined && { device }),
-    hint: `kernel ${release()} lacks ${name ?? "a feature"} (needs ${needs ?? "a later one"})`,
+    hint: describeLack(features),
   });
 }
 

@@ -30,6 +30,7 @@ import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
 import { type DeviceStats, sumStats } from "./stats.ts";
 import type { OpenTarget } from "./target.ts";
+import { chooseZeroCopy, zeroCopyOf, type ZeroCopyWish } from "./zero_copy.ts";
 
 export const QUEUES_DEFAULT = 1;
 export const QUEUES_MAX = 4096;
@@ -73,8 +74,10 @@ export interface DeviceOptions extends RecoverOptions {
   depth: number;
   /** Largest READ or WRITE in bytes, a multiple of 4096. */
   ioBytesMax: number;
-  /** UBLK_F_*. */
+  /** UBLK_F_*, those of zero copy aside. */
   flags: bigint;
+  /** Default: "auto". */
+  zeroCopy?: ZeroCopyWish;
   /** Told as soon as the device exists in the driver. */
   onAdded?: (id: number) => void;
 }
@@ -90,6 +93,8 @@ export interface QueueFacts {
 export class Device {
   readonly info: DeviceInfo;
   readonly queues: readonly QueueFacts[];
+  /** What was decided for this device, one line each: "zero copy: off, as asked". */
+  readonly notes: readonly string[];
   /** Settles when every queue has ended: after a stop, whoever ordered it, or by a failure. */
   readonly ended: Promise<void>;
   readonly #control: Control;
@@ -101,12 +106,14 @@ export class Device {
     control: Control,
     info: DeviceInfo,
     queues: QueueFacts[],
+    notes: readonly string[],
     { ended, threads }: Queues,
     release: () => void,
   ) {
     this.#control = control;
     this.info = info;
     this.queues = queues;
+    this.notes = notes;
     this.ended = ended;
     this.#threads = threads;
     this.#release = once(release);
@@ -135,12 +142,19 @@ export class Device {
         const { depthMax } = control.dialect;
         throw new UsageError(`Queue depth ${options.depth}: this driver takes up to ${depthMax}`);
       }
-      const { limits, queuesMax = QUEUES_MAX } = options.target;
+      const { limits, queuesMax = QUEUES_MAX, zeroCopy } = options.target;
       if (options.queues > queuesMax) {
         throw new UsageError(
           `Number of queues ${options.queues}: this target can be served by ${queuesMax}`,
         );
       }
+      const features = (control.features ?? 0n) & control.dialect.flagsMask;
+      const offer = zeroCopy && options.flags & UBLK_F_UNPRIVILEGED_DEV
+        ? { obstacle: "the driver denies it to unprivileged devices" }
+        : zeroCopy;
+      const choice = chooseZeroCopy(options.zeroCopy ?? "auto", offer, features);
+      const flags = options.flags | choice.flags;
+      refuseLackingFeatures(flags & ~control.dialect.flagsMask);
       toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
 
       const info = await control.addDevice({
@@ -148,22 +162,26 @@ export class Device {
         queues: options.queues,
         depth: options.depth,
         maxIoBytes: options.ioBytesMax,
-        flags: options.flags,
+        flags,
         blockSize: limits.blockBytes,
         sizeBytes: limits.sizeBytes,
       });
       undo.push(() => control.deleteDevice(info.id));
       options.onAdded?.(info.id);
-      refuseLackingFeatures(options.flags & ~info.flags);
+      refuseLackingFeatures(flags & ~info.flags);
       checkpoint("added");
       const queues = await attach(control, info, options, undo, async () => {
         if (!control.dialect.hasParams) return;
-        await control.setParams(info.id, toParams(limits, info.maxIoBytes));
+        const align = choice.flags && offer && "memoryAlignBytes" in offer
+          ? offer.memoryAlignBytes
+          : undefined;
+        await control.setParams(info.id, toParams(limits, info.maxIoBytes, align));
       });
       undo.push(() => control.stopDevice(info.id));
       await queues.during("START_DEV", control.startDevice(info.id, process.pid));
       checkpoint("started");
-      return await Device.#live(control, info.id, queues, options);
+      const notes = choice.note === undefined ? [] : [choice.note];
+      return await Device.#live(control, info.id, queues, notes, options);
     });
   }
 
@@ -189,10 +207,19 @@ export class Device {
             "give the backing its old size again",
         );
       }
+      const offer = options.target.zeroCopy;
+      const zeroCopy = zeroCopyOf(info.flags) !== undefined;
+      if (zeroCopy && (!offer || "obstacle" in offer)) {
+        throw new UsageError(
+          `Device ${id} has zero copy, and its target can no longer do it` +
+            (offer ? `: ${offer.obstacle}` : ""),
+        );
+      }
+      const notes = offer ? [zeroCopy ? "zero copy" : "zero copy: off, as before"] : [];
       const queues = await attach(control, info, options, undo);
       await queues.during("END_USER_RECOVERY", control.endUserRecovery(id, process.pid));
       checkpoint("recovered");
-      return await Device.#live(control, id, queues, options);
+      return await Device.#live(control, id, queues, notes, options);
     });
   }
 
@@ -230,6 +257,7 @@ export class Device {
     control: Control,
     id: number,
     queues: Queues,
+    notes: readonly string[],
     options: RecoverOptions,
   ): Promise<Device> {
     const { dialect, shim } = control;
@@ -243,7 +271,7 @@ export class Device {
     for (const [qid, tid] of queues.tids.entries()) {
       facts.push({ qid, tid, affinity: await control.getQueueAffinity(id, qid) });
     }
-    return new Device(control, info, facts, queues, () => {
+    return new Device(control, info, facts, notes, queues, () => {
       // The target first: whoever waits for the character device then finds everything durable.
       try {
         options.target.close();
@@ -342,6 +370,7 @@ async function attach(
   const target = { name: options.targetName, spec: options.target.spec };
   const tidsKnown: Promise<number>[] = [];
   const pageBytes = pageSize();
+  const zeroCopy = zeroCopyOf(info.flags);
   for (let queueId = 0; queueId < info.queues; queueId++) {
     const wakeFd = shim.native.ubd_eventfd(0);
     if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: info.id });
@@ -358,6 +387,11 @@ async function attach(
       descriptorOffset: dialect.mmapOffset(queueId, pageBytes),
       descriptorBytes: dialect.mmapBytes(info.depth, pageBytes),
       blockName: dialect.blockName(info.id),
+      zeroCopy: zeroCopy && {
+        ...zeroCopy,
+        registerOpcode: dialect.ioOpcode("REGISTER_IO_BUF", control.ioctlEncoded),
+        unregisterOpcode: dialect.ioOpcode("UNREGISTER_IO_BUF", control.ioctlEncoded),
+      },
     };
     const thread = options.target.startThread?.(queueId) ??
       startQueueThread(options.queueThreadEntry, target, queueId, shim, options.log);

@@ -8,6 +8,7 @@ import {
   UBLK_ATTR_VOLATILE_CACHE,
   UBLK_PARAM_TYPE_BASIC,
   UBLK_PARAM_TYPE_DISCARD,
+  UBLK_PARAM_TYPE_DMA_ALIGN,
   type UBLK_PARAMS,
 } from "../abi/ublk_cmd.ts";
 import { UsageError } from "./error.ts";
@@ -17,14 +18,23 @@ import type { DeviceLimits } from "./target.ts";
 /** Largest request without data, in sectors: what a u32 of bytes can hold. */
 const DATALESS_SECTORS_MAX = Math.floor(0xffff_ffff / SECTOR_BYTES);
 
+/** What the driver asks of the memory of requests by itself, in bytes. */
+const MEMORY_ALIGN_DEFAULT = 4;
+
 /** Larger than the page, the driver refuses a logical block. */
 const BLOCK_BYTES_MAX = 4096;
 
 /**
  * @param ioBytesMax the largest READ or WRITE, in bytes, as ADD_DEV answered it.
+ * @param memoryAlignBytes what the data of requests is aligned to in the memory of clients, where
+ * the backing gets to see that memory (zero copy); a power of two below the page.
  * @throws {UsageError} a size or block size that no device can have.
  */
-export function toParams(limits: DeviceLimits, ioBytesMax: number): Values<typeof UBLK_PARAMS> {
+export function toParams(
+  limits: DeviceLimits,
+  ioBytesMax: number,
+  memoryAlignBytes = MEMORY_ALIGN_DEFAULT,
+): Values<typeof UBLK_PARAMS> {
   checkLimits(limits);
   const { sizeBytes, blockBytes, physicalBlockBytes, discardBytes, writeZeroes } = limits;
   const attrs = (limits.readOnly ? UBLK_ATTR_READ_ONLY : 0) |
@@ -39,14 +49,17 @@ export function toParams(limits: DeviceLimits, ioBytesMax: number): Values<typeo
     max_sectors: ioBytesMax / SECTOR_BYTES,
     dev_sectors: sizeBytes / SECTOR_BYTES,
   };
-  if (discardBytes === 0 && !writeZeroes) return { types: UBLK_PARAM_TYPE_BASIC, basic };
+  const aligned = memoryAlignBytes > MEMORY_ALIGN_DEFAULT;
+  const types = UBLK_PARAM_TYPE_BASIC | (aligned ? UBLK_PARAM_TYPE_DMA_ALIGN : 0);
+  const dma = aligned ? { dma: { alignment: memoryAlignBytes - 1 } } : {};
+  if (discardBytes === 0 && !writeZeroes) return { types, basic, ...dma };
   const discard = {
     discard_granularity: discardBytes || blockBytes,
     max_discard_sectors: discardBytes === 0 ? 0 : DATALESS_SECTORS_MAX,
     max_write_zeroes_sectors: writeZeroes ? DATALESS_SECTORS_MAX : 0,
     max_discard_segments: 1,
   };
-  return { types: UBLK_PARAM_TYPE_BASIC | UBLK_PARAM_TYPE_DISCARD, basic, discard };
+  return { types: types | UBLK_PARAM_TYPE_DISCARD, basic, discard, ...dma };
 }
 
 function checkLimits({ sizeBytes, blockBytes, physicalBlockBytes }: DeviceLimits): void {

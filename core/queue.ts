@@ -6,7 +6,12 @@
  * stopped). One FFI call per batch; nothing is allocated for a request. A handler that has work on
  * the thread's event loop is served by `runOnEventLoop` instead, which never blocks.
  *
- * Invariants, each asserted: a tag is free → fetched → serving → fetched … → retired; a request
+ * With zero copy, a request's pages are the ring's buffer with the number of its tag, and only the
+ * ring sees them. The driver puts them there, or the queue does: in that mode always, else when the
+ * driver could not. What the queue has registered it takes out again before the commit.
+ *
+ * Invariants, each asserted: a tag is free → fetched → serving → fetched … → retired, with
+ * registering before and unregistering after serving where the queue does that; a request
  * gets exactly one commit; a tag has at most one SQE in flight (its io command or one file
  * operation), so commands and events never exceed depth + 1.
  *
@@ -18,15 +23,18 @@
 
 import { setImmediate } from "node:timers";
 import { ERRNO } from "../abi/errno.ts";
-import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
+import { UBLK_IO_F_NEED_REG_BUF, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
 import {
   COMMAND_COMMIT,
   COMMAND_FALLOCATE,
   COMMAND_FETCH,
   COMMAND_FSYNC,
   COMMAND_READ,
+  COMMAND_REGISTER,
+  COMMAND_UNREGISTER,
   COMMAND_WAKE,
   COMMAND_WRITE,
+  COMMAND_WRITE_ZEROES,
   EVENT_REQUEST,
   EVENT_WAKE,
   type QueueConfig,
@@ -43,6 +51,8 @@ const FREE = 0;
 const FETCHED = 1;
 const SERVING = 2;
 const RETIRED = 3;
+const REGISTERING = 4;
+const UNREGISTERING = 5;
 
 const WORDS = RECORD_BYTES / 4;
 const FLOATS = RECORD_BYTES / 8;
@@ -66,6 +76,13 @@ export class Queue implements Disposable {
   readonly #sectors: Uint32Array;
   readonly #startSector: Float64Array;
   readonly #stats: Float64Array;
+  /** Every READ and WRITE is to be registered here; else those the driver has marked. */
+  readonly #registersAll: boolean;
+  readonly #copies: boolean;
+  /** 1: this queue registered the tag's buffer, and unregisters it. */
+  readonly #registered: Uint8Array;
+  /** What a request is answered with once its buffer is unregistered. */
+  readonly #results: Int32Array;
   #commandCount = 0;
   #liveTags: number;
   #started = false;
@@ -89,8 +106,9 @@ export class Queue implements Disposable {
     this.#commandFloats = new Float64Array(memory.commands);
     this.#eventWords = new Int32Array(memory.events);
     this.#eventFloats = new Float64Array(memory.events);
+    this.#copies = config.zeroCopy === undefined;
     this.#data = Array.from(
-      { length: config.depth },
+      { length: this.#copies ? config.depth : 0 },
       (_, tag) => new Uint8Array(memory.buffers, tag * config.ioBytesMax, config.ioBytesMax),
     );
     this.#stats = stats;
@@ -98,6 +116,9 @@ export class Queue implements Disposable {
     this.#opFlags = new Uint32Array(config.depth);
     this.#sectors = new Uint32Array(config.depth);
     this.#startSector = new Float64Array(config.depth);
+    this.#registersAll = config.zeroCopy !== undefined && !config.zeroCopy.automatic;
+    this.#registered = new Uint8Array(config.depth);
+    this.#results = new Int32Array(config.depth);
   }
 
   /** The ring is closed: nothing may be asked of it any more. */
@@ -138,13 +159,18 @@ export class Queue implements Disposable {
     return this.#startSector[tag]! * SECTOR_BYTES;
   }
 
-  /** The first bytes of the tag's buffer: to be filled by a READ, to be taken from by a WRITE. */
+  /**
+   * The first bytes of the tag's buffer: to be filled by a READ, to be taken from by a WRITE. Not
+   * with zero copy.
+   */
   data(tag: number, bytes: number): Uint8Array<ArrayBuffer> {
+    assert(this.#copies, "the data is not in this process");
     return this.#data[tag]!.subarray(0, bytes);
   }
 
-  /** Zeroes a part of the tag's buffer. */
+  /** Zeroes a part of the tag's buffer. Not with zero copy. */
   fillZero(tag: number, start: number, end: number): void {
+    assert(this.#copies, "the data is not in this process");
     this.#data[tag]!.fill(0, start, end);
   }
 
@@ -168,14 +194,21 @@ export class Queue implements Disposable {
    */
   commit(tag: number, result: number): void {
     assert(this.#state[tag] === SERVING, "commit of a tag that serves no request");
-    this.#state[tag] = FETCHED;
     const op = this.op(tag);
     if (op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE) {
       if (result === 0 || result > this.bytes(tag)) result = -ERRNO.EIO;
     }
     if (result === -ERRNO.EAGAIN) result = -ERRNO.EIO;
     countRequest(this.#stats, op, result);
-    this.#command(COMMAND_COMMIT, tag, result, 0);
+    if (this.#registered[tag]) {
+      this.#registered[tag] = 0;
+      this.#results[tag] = result;
+      this.#state[tag] = UNREGISTERING;
+      this.#command(COMMAND_UNREGISTER, tag, 0, 0);
+    } else {
+      this.#state[tag] = FETCHED;
+      this.#command(COMMAND_COMMIT, tag, result, 0);
+    }
     this.#goOn();
   }
 
@@ -202,6 +235,12 @@ export class Queue implements Disposable {
   ): void {
     const at = this.#command(COMMAND_WRITE, tag, fd, flags);
     this.#extent(at, bufferOffset, bytes, fileOffset);
+  }
+
+  /** Writes zeroes to a file, up to `ioBytesMax`. The tag's buffer is not touched. */
+  writeZeroes(tag: number, fd: number, bytes: number, fileOffset: number): void {
+    const at = this.#command(COMMAND_WRITE_ZEROES, tag, fd, 0);
+    this.#extent(at, 0, bytes, fileOffset);
   }
 
   /** @param flags IORING_FSYNC_DATASYNC or 0. */
@@ -320,6 +359,7 @@ export class Queue implements Disposable {
     const result = this.#eventWords[word + 2]!;
     try {
       if (this.#eventWords[word] !== EVENT_REQUEST) {
+        if (this.#state[tag]! >= REGISTERING) return this.#exchanged(tag, result, handler);
         assert(this.#state[tag] === SERVING, "completion for a tag that serves no request");
         handler.resume!(this, tag, result);
         return;
@@ -330,16 +370,42 @@ export class Queue implements Disposable {
         handler.stopping?.();
         return;
       }
-      this.#state[tag] = SERVING;
       this.#opFlags[tag] = this.#eventWords[word + 3]!;
       this.#sectors[tag] = this.#eventWords[word + 4]!;
       this.#startSector[tag] = this.#eventFloats[index * FLOATS + 3]!;
+      if (this.#mustRegister(tag)) {
+        this.#state[tag] = REGISTERING;
+        this.#command(COMMAND_REGISTER, tag, 0, 0);
+        return;
+      }
+      this.#state[tag] = SERVING;
       handler.handle(this, tag);
     } catch (error) {
       if (error instanceof AssertionError || error instanceof UblkError) throw error;
       failed(error);
       if (this.#state[tag] === SERVING) this.commit(tag, -ERRNO.EIO);
     }
+  }
+
+  #mustRegister(tag: number): boolean {
+    if (!this.#registersAll) return (this.#opFlags[tag]! & UBLK_IO_F_NEED_REG_BUF) !== 0;
+    const op = this.op(tag);
+    return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
+  }
+
+  /** The tag's buffer is registered, and the request can be served; or is so no more. */
+  #exchanged(tag: number, result: number, handler: RequestHandler): void {
+    if (this.#state[tag] === UNREGISTERING) {
+      // The driver ends no request whose pages are still registered: it would wait for ever.
+      if (result < 0) throw UblkError.from(result, "UNREGISTER_IO_BUF");
+      this.#state[tag] = FETCHED;
+      this.#command(COMMAND_COMMIT, tag, this.#results[tag]!, 0);
+      return;
+    }
+    this.#state[tag] = SERVING;
+    if (result < 0) return this.commit(tag, result);
+    this.#registered[tag] = 1;
+    handler.handle(this, tag);
   }
 
   #retire(tag: number, result: number): void {

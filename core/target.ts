@@ -30,6 +30,13 @@ export interface DeviceLimits {
   writeZeroes: boolean;
 }
 
+/**
+ * A target's word on zero copy: requests' bytes then go between ring and backing only (`read` and
+ * `write` of Queue), never through this process's memory. They are where a client has them, aligned
+ * as said here; or there is an obstacle, in words: "its data is compressed".
+ */
+export type ZeroCopyOffer = { readonly memoryAlignBytes: number } | { readonly obstacle: string };
+
 export interface OpenTarget {
   readonly limits: DeviceLimits;
   /** Facts for `list` and `info`, such as {"backing_file": "/a.img"}: plain JSON. */
@@ -42,6 +49,8 @@ export interface OpenTarget {
   readonly queuesMax?: number;
   /** How a queue of it is served. Default: a thread of its own that makes its handler of `spec`. */
   startThread?(queueId: number): QueueThread;
+  /** Absent: the target looks at the bytes of its requests. */
+  readonly zeroCopy?: ZeroCopyOffer;
   /**
    * Makes what was written durable and releases the backing. Called once, after the queues.
    *

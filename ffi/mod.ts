@@ -35,6 +35,9 @@ export const COMMAND_WRITE = 3;
 export const COMMAND_FSYNC = 4;
 export const COMMAND_FALLOCATE = 5;
 export const COMMAND_WAKE = 6;
+export const COMMAND_WRITE_ZEROES = 7;
+export const COMMAND_REGISTER = 8;
+export const COMMAND_UNREGISTER = 9;
 
 /** Values of an event's first word: an io command, a file operation, the wake-up read. */
 export const EVENT_REQUEST = 0;
@@ -65,6 +68,16 @@ export interface QueueConfig {
   /** Where the queue's io descriptors are mapped from, in bytes, and how much is mapped. */
   descriptorOffset: number;
   descriptorBytes: number;
+  /** Absent: the driver copies data to and from the tags' buffers. */
+  zeroCopy?: ZeroCopyConfig | undefined;
+}
+
+/** A request's own pages are the ring's registered buffer with the number of its tag. */
+export interface ZeroCopyConfig {
+  /** The driver registers them with each request; else the queue does, by these commands. */
+  automatic: boolean;
+  registerOpcode: number;
+  unregisterOpcode: number;
 }
 
 export interface QueueMemory {
@@ -72,7 +85,7 @@ export interface QueueMemory {
   /** depth + 1 records each. */
   readonly commands: ArrayBuffer;
   readonly events: ArrayBuffer;
-  /** depth x ioBytesMax: the data of tag t starts at t x ioBytesMax. */
+  /** depth x ioBytesMax: the data of tag t starts at t x ioBytesMax. Empty with zero copy. */
   readonly buffers: ArrayBuffer;
   readonly descriptors: ArrayBuffer;
 }
@@ -112,12 +125,19 @@ export class Shim {
     words[6] = config.commitOpcode;
     words[7] = config.sqe128 ? 1 : 0;
     words[8] = config.descriptorBytes;
+    if (config.zeroCopy) {
+      words[9] = config.zeroCopy.automatic ? 2 : 1;
+      words[12] = config.zeroCopy.registerOpcode;
+      words[13] = config.zeroCopy.unregisterOpcode;
+    }
     new Float64Array(bytes)[5] = config.descriptorOffset;
     const handle = this.native.ubd_queue_init(words);
     if (handle < 0) return handle;
 
-    const region = (index: number, sizeBytes: number) =>
-      adapter.view(this.native.ubd_queue_address(handle, index), sizeBytes);
+    const region = (index: number, sizeBytes: number) => {
+      const address = this.native.ubd_queue_address(handle, index);
+      return address === 0 ? new ArrayBuffer(0) : adapter.view(address, sizeBytes);
+    };
     return {
       handle,
       commands: region(0, (config.depth + 1) * RECORD_BYTES),

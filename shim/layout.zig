@@ -113,7 +113,8 @@ pub const Command = extern struct {
     value: i32,
     /// rw_flags, fsync_flags or the fallocate mode.
     flags: u32,
-    /// READ and WRITE: {bytes, offset in the tag's buffer}; FALLOCATE: the length as an f64.
+    /// READ, WRITE and WRITE_ZEROES: {bytes, offset in the tag's buffer}; FALLOCATE: the length as
+    /// an f64.
     extent: extern union { io: extern struct { len: u32, buffer_offset: u32 }, length: f64 },
     offset: f64,
 };
@@ -141,9 +142,11 @@ pub const QueueConfig = extern struct {
     commit_op: u32,
     sqe128: u32,
     desc_bytes: u32,
-    pad: u32,
+    data_mode: u32,
     desc_offset: f64,
-    reserved: [2]u64,
+    register_op: u32,
+    unregister_op: u32,
+    reserved: u64,
 };
 
 /// One control command: 40 bytes, written by ffi/mod.ts.
@@ -183,7 +186,7 @@ comptime {
     check(Params, 120, .{ .sq_entries = 0, .cq_entries = 4, .flags = 8, .sq_thread_cpu = 12, .sq_thread_idle = 16, .features = 20, .wq_fd = 24, .resv = 28, .sq_off = 40, .cq_off = 80 });
     check(Command, 32, .{ .op = 0, .tag = 4, .value = 8, .flags = 12, .extent = 16, .offset = 24 });
     check(Event, 32, .{ .kind = 0, .tag = 4, .result = 8, .op_flags = 12, .nr_sectors = 16, .pad = 20, .start_sector = 24 });
-    check(QueueConfig, 64, .{ .char_fd = 0, .wake_fd = 4, .queue_id = 8, .depth = 12, .io_bytes_max = 16, .fetch_op = 20, .commit_op = 24, .sqe128 = 28, .desc_bytes = 32, .pad = 36, .desc_offset = 40, .reserved = 48 });
+    check(QueueConfig, 64, .{ .char_fd = 0, .wake_fd = 4, .queue_id = 8, .depth = 12, .io_bytes_max = 16, .fetch_op = 20, .commit_op = 24, .sqe128 = 28, .desc_bytes = 32, .data_mode = 36, .desc_offset = 40, .register_op = 48, .unregister_op = 52, .reserved = 56 });
     check(ControlRequest, 40, .{ .control_fd = 0, .opcode = 4, .device_id = 8, .queue_id = 12, .payload = 16, .payload_len = 20, .dev_path_len = 24, .pad = 28, .data = 32 });
 }
 

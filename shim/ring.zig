@@ -20,6 +20,8 @@ extern fn io_uring_get_events(ring: *Ring) c_int;
 extern fn io_uring_submit_and_get_events(ring: *Ring) c_int;
 extern fn io_uring_register_ring_fd(ring: *Ring) c_int;
 extern fn io_uring_register_eventfd(ring: *Ring, fd: c_int) c_int;
+extern fn io_uring_register_buffers_sparse(ring: *Ring, count: c_uint) c_int;
+extern fn io_uring_register_buffers_update_tag(ring: *Ring, index: c_uint, iovecs: *const sys.IoVec, tags: *const u64, count: c_uint) c_int;
 
 const setup_cqsize: u32 = 1 << 3;
 const setup_coop_taskrun: u32 = 1 << 8;
@@ -31,6 +33,8 @@ const sq_taskrun: u32 = 1 << 2;
 
 const op_nop = 0;
 const op_fsync = 3;
+const op_read_fixed = 4;
+const op_write_fixed = 5;
 const op_fallocate = 17;
 const op_read = 22;
 const op_write = 23;
@@ -44,6 +48,20 @@ pub const command_write = 3;
 pub const command_fsync = 4;
 pub const command_fallocate = 5;
 pub const command_wake = 6;
+pub const command_write_zeroes = 7;
+pub const command_register = 8;
+pub const command_unregister = 9;
+
+/// Values of QueueConfig.data_mode: the driver copies data to and from the tags' buffers; or a
+/// request's own pages are the ring's buffer number `tag`, put there by command_register, or by
+/// the driver with each request.
+pub const data_copied = 0;
+pub const data_registered = 1;
+pub const data_automatic = 2;
+
+/// UBLK_AUTO_BUF_REG_FALLBACK where struct ublk_auto_buf_reg has its flags: a request whose pages
+/// could not be registered is handed out all the same, marked.
+const auto_reg_fallback = 1 << 16;
 
 /// Values of Event.kind.
 pub const event_request = 0;
@@ -65,12 +83,15 @@ pub const Queue = struct {
     capacity: u32,
     descs: [*]volatile layout.IoDesc,
     descs_bytes: usize,
+    /// 0 where the data is in the ring's registered buffers, whose addresses count from 0.
     buffers: usize,
     buffers_bytes: usize,
-    /// Where each tag's data is: in `buffers`, until renewBuffer.
+    /// Where each tag's data is: in `buffers`, until renewBuffer. 0 without `buffers`.
     addresses: [*]usize,
     /// Somebody may still write to a buffer that its tag has left: none is unmapped.
     renewed: bool,
+    /// io_bytes_max of zeroes, never written and so never more than the kernel's one zero page.
+    zeroes: usize,
     /// Landing place of the wake-up read; its value has no meaning.
     wake_count: u64,
 };
@@ -80,6 +101,7 @@ pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
     if (config.io_bytes_max < page or config.io_bytes_max % page != 0) return -sys.EINVAL;
     if (config.desc_bytes < config.depth * @sizeOf(layout.IoDesc)) return -sys.EINVAL;
     if (config.desc_bytes % page != 0 or config.wake_fd < 0) return -sys.EINVAL;
+    if (config.data_mode > data_automatic) return -sys.EINVAL;
 
     const capacity = config.depth + 1;
     const head = sys.roundUp(@sizeOf(Queue), 64);
@@ -115,13 +137,31 @@ fn queueAcquire(queue: *Queue) i32 {
         sys.mapFile(config.char_fd, config.desc_bytes, sys.fileOffset(config.desc_offset) orelse return -sys.EINVAL) catch |e| return sys.errnoOf(e);
     queue.descs = @ptrFromInt(descs);
 
-    queue.buffers_bytes = @as(usize, config.depth) * config.io_bytes_max;
-    queue.buffers = sys.mapMemory(queue.buffers_bytes) catch return -sys.ENOMEM;
-    for (queue.addresses[0..config.depth], 0..) |*address, tag| {
-        address.* = queue.buffers + tag * config.io_bytes_max;
+    const copied = config.data_mode == data_copied;
+    if (copied or config.char_fd < 0) {
+        queue.buffers_bytes = @as(usize, config.depth) * config.io_bytes_max;
+        queue.buffers = sys.mapMemory(queue.buffers_bytes) catch return -sys.ENOMEM;
+        for (queue.addresses[0..config.depth], 0..) |*address, tag| {
+            address.* = queue.buffers + tag * config.io_bytes_max;
+        }
     }
+    queue.zeroes = sys.mapMemory(config.io_bytes_max) catch return -sys.ENOMEM;
 
-    return ringInit(&queue.ring, config.depth, config.sqe128 != 0);
+    const result = ringInit(&queue.ring, config.depth, config.sqe128 != 0);
+    return if (result < 0 or copied) result else bufferTableInit(queue);
+}
+
+/// One registered buffer for each tag, empty until there is a request. Without a driver to fill
+/// it, each is the tag's own memory.
+fn bufferTableInit(queue: *Queue) i32 {
+    const result = io_uring_register_buffers_sparse(&queue.ring, queue.config.depth);
+    if (result < 0 or queue.config.char_fd >= 0) return result;
+    for (0..queue.config.depth) |tag| {
+        const memory = sys.IoVec{ .base = queue.addresses[tag], .len = queue.config.io_bytes_max };
+        const updated = io_uring_register_buffers_update_tag(&queue.ring, @intCast(tag), &memory, &0, 1);
+        if (updated < 0) return updated;
+    }
+    return 0;
 }
 
 /// The kernel's cheapest way to run completions first (6.1), then what older kernels have.
@@ -152,6 +192,7 @@ fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
 fn queueRelease(queue: *Queue) void {
     if (queue.ring.ring_fd > 0) io_uring_queue_exit(&queue.ring);
     if (queue.buffers != 0 and !queue.renewed) sys.unmap(queue.buffers, queue.buffers_bytes);
+    if (queue.zeroes != 0) sys.unmap(queue.zeroes, queue.config.io_bytes_max);
     if (@intFromPtr(queue.descs) != 0) sys.unmap(@intFromPtr(queue.descs), queue.descs_bytes);
     sys.unmap(queue.mapping, queue.mapping_bytes);
 }
@@ -238,31 +279,50 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
     sqe.user_data = command.tag | command.op << 16;
     const buffer = queue.addresses[command.tag];
     switch (command.op) {
-        command_fetch, command_commit => {
+        command_fetch, command_commit, command_register, command_unregister => {
             if (queue.config.char_fd < 0) {
                 sqe.opcode = op_nop;
                 return 0;
             }
             sqe.opcode = op_uring_cmd;
             sqe.fd = queue.config.char_fd;
-            sqe.off = if (command.op == command_fetch) queue.config.fetch_op else queue.config.commit_op;
+            sqe.off = switch (command.op) {
+                command_fetch => queue.config.fetch_op,
+                command_commit => queue.config.commit_op,
+                command_register => queue.config.register_op,
+                else => queue.config.unregister_op,
+            };
+            const carries_data = command.op == command_fetch or command.op == command_commit;
+            if (carries_data and queue.config.data_mode == data_automatic) {
+                sqe.addr = command.tag | auto_reg_fallback;
+            }
             const io: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
             io.* = .{
                 .q_id = @intCast(queue.config.queue_id),
                 .tag = @intCast(command.tag),
                 .result = command.value,
-                .addr = buffer,
+                // To register and unregister, the number of the buffer.
+                .addr = if (carries_data) buffer else command.tag,
             };
         },
-        command_read, command_write => {
+        command_read, command_write, command_write_zeroes => {
             const io = command.extent.io;
             if (@as(u64, io.len) + io.buffer_offset > queue.config.io_bytes_max) return -sys.EINVAL;
-            sqe.opcode = if (command.op == command_read) op_read else op_write;
             sqe.fd = command.value;
             sqe.off = sys.fileOffset(command.offset) orelse return -sys.EINVAL;
-            sqe.addr = buffer + io.buffer_offset;
             sqe.len = io.len;
             sqe.op_flags = command.flags;
+            if (command.op == command_write_zeroes) {
+                sqe.opcode = op_write;
+                sqe.addr = queue.zeroes;
+            } else if (queue.config.data_mode == data_copied) {
+                sqe.opcode = if (command.op == command_read) op_read else op_write;
+                sqe.addr = buffer + io.buffer_offset;
+            } else {
+                sqe.opcode = if (command.op == command_read) op_read_fixed else op_write_fixed;
+                sqe.addr = buffer + io.buffer_offset;
+                sqe.buf_index = @intCast(command.tag);
+            }
         },
         command_fsync => {
             sqe.opcode = op_fsync;

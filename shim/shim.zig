@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 3;
+const shim_version = 4;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -57,7 +57,7 @@ export fn ubd_queue_init(config: ?*const layout.QueueConfig) i32 {
 }
 
 /// Address of a region of the queue: 0 commands, 1 events, 2 io buffers, 3 io descriptors.
-/// -1 for an unknown handle or region. It is valid until ubd_queue_exit.
+/// 0 for buffers that the driver keeps, -1 for an unknown handle or region. It is valid until ubd_queue_exit.
 export fn ubd_queue_address(handle: u32, region: u32) f64 {
     const queue = lookUp(ring.Queue, &queues, handle) orelse return -1;
     const address: usize = switch (region) {

@@ -15,6 +15,8 @@ pub const ENODEV = 19;
 pub const EINVAL = 22;
 pub const ENFILE = 23;
 
+pub const IoVec = extern struct { base: usize, len: usize };
+
 pub const Failure = error{ NoMemory, NoAccess, NoDevice, Invalid, Other };
 
 pub fn errnoOf(failure: Failure) i32 {

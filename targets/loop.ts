@@ -10,6 +10,9 @@
  * no multiple of it, the last block reads as zeroes behind the end of the file, and writing it
  * lets the file grow. Nothing is cut off.
  *
+ * With zero copy the bytes of requests are never here: the zeroes of that last block are read from
+ * /dev/zero.
+ *
  * FLUSH is fdatasync and FUA is RWF_DSYNC, both durable for direct and buffered I/O. DISCARD
  * punches a hole; WRITE_ZEROES too, or keeps the blocks when asked to (NOUNMAP), and falls back
  * to writing zeroes where the file system can do neither.
@@ -66,6 +69,8 @@ interface LoopSpec {
   blockBytes: number;
   /** Without FLUSH from the driver, each change is made durable at once. */
   alwaysDurable: boolean;
+  /** Descriptor of /dev/zero. */
+  zeroFd: number;
 }
 
 /** What statx(STATX_DIOALIGN) or a trial read says. */
@@ -76,6 +81,8 @@ interface Backing {
   sectorBytes: number;
   direct: boolean;
   note: string | undefined;
+  /** What direct I/O asks of memory. */
+  memoryAlignBytes: number;
 }
 
 const LOCK_SH = 1;
@@ -97,6 +104,7 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
       const extent = measure(options, backing);
       const readOnly = options.readOnly ?? false;
       const discardBytes = readOnly ? 0 : discardUnit(backing, path, context);
+      const zeroFd = openOrThrow(context.shim.open("/dev/zero", constants.O_RDONLY), "/dev/zero");
       return {
         limits: {
           sizeBytes: extent.sizeBytes,
@@ -125,10 +133,13 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
           sizeBytes: extent.sizeBytes,
           blockBytes: extent.blockBytes,
           alwaysDurable: !context.hasVolatileCache,
+          zeroFd,
         },
+        zeroCopy: { memoryAlignBytes: backing.direct ? backing.memoryAlignBytes : 1 },
         close() {
           const synced = readOnly ? 0 : native.ubd_fdatasync(backing.fd);
           native.ubd_close(backing.fd);
+          native.ubd_close(zeroFd);
           if (synced < 0) throw UblkError.from(synced, `sync ${path}`);
         },
       };
@@ -225,7 +236,22 @@ function backingOf(
   const bytes = isBlockDevice ? ask(BLKGETSIZE64) : stat.size;
   answer[0] = 0n;
   const sectorBytes = isBlockDevice ? ask(BLKSSZGET) : 512;
-  return { fd, isBlockDevice, bytes, sectorBytes, direct, note };
+  const memoryAlignBytes = Math.max(512, directAlign(fd, context)?.memory ?? 0);
+  return { fd, isBlockDevice, bytes, sectorBytes, direct, note, memoryAlignBytes };
+}
+
+/** What statx says of direct I/O: alignments in bytes, `offset` 0 without it; undefined: nothing. */
+function directAlign(
+  fd: number,
+  { shim }: OpenContext,
+): { memory: number; offset: number } | undefined {
+  const statx = new Uint8Array(256);
+  const view = new DataView(statx.buffer);
+  const known = shim.native.ubd_statx(fd, STATX_DIOALIGN, statx) === 0 &&
+    (view.getUint32(0, true) & STATX_DIOALIGN) !== 0;
+  return known
+    ? { memory: view.getUint32(152, true), offset: view.getUint32(156, true) }
+    : undefined;
 }
 
 /** Why direct I/O cannot serve every block of this device; undefined when it can. */
@@ -236,14 +262,11 @@ function directObstacle(
   context: OpenContext,
 ): string | undefined {
   const { native } = context.shim;
-  const statx = new Uint8Array(256);
-  const view = new DataView(statx.buffer);
-  const known = native.ubd_statx(fd, STATX_DIOALIGN, statx) === 0 &&
-    (view.getUint32(0, true) & STATX_DIOALIGN) !== 0;
-  const unit = options.blockBytes ?? (isBlockDevice ? view.getUint32(156, true) : 512);
+  const align = directAlign(fd, context);
+  const unit = options.blockBytes ?? (isBlockDevice ? align?.offset ?? 0 : 512);
   const offset = options.offsetBytes ?? 0;
-  if (known) {
-    const [memoryAlign, offsetAlign] = [view.getUint32(152, true), view.getUint32(156, true)];
+  if (align) {
+    const { memory: memoryAlign, offset: offsetAlign } = align;
     if (offsetAlign === 0) return "the file system refuses direct I/O";
     if (memoryAlign > 4096) return `direct I/O needs memory aligned to ${memoryAlign} bytes`;
     if (offsetAlign > unit) {
@@ -374,6 +397,8 @@ function discardUnit(backing: Backing, path: string, { shim }: OpenContext): num
 /** A request's second half, when it has one. */
 const SYNCING = 1;
 const ZEROING = 2;
+/** The rest of a READ is behind the file's end. */
+const FILLING = 3;
 
 /** Unexpected, but the kernel may ask for patience; more than this is an error. */
 const RETRIES_MAX = 64;
@@ -412,8 +437,9 @@ class LoopHandler implements RequestHandler {
     const at = offsetBytes + queue.offset(tag) + done;
     const left = queue.bytes(tag) - done;
     if (this.#phase[tag] === SYNCING) return queue.fsync(tag, fd, IORING_FSYNC_DATASYNC);
+    if (this.#phase[tag] === FILLING) return queue.read(tag, this.#spec.zeroFd, done, left, 0);
     if (this.#phase[tag] === ZEROING) {
-      return queue.write(tag, fd, 0, Math.min(left, this.#ioBytesMax), at, 0);
+      return queue.writeZeroes(tag, fd, Math.min(left, this.#ioBytesMax), at);
     }
     switch (queue.op(tag)) {
       case UBLK_IO_OP_READ:
@@ -462,9 +488,9 @@ class LoopHandler implements RequestHandler {
     const done = this.#done[tag]! += result;
     const bytes = queue.bytes(tag);
     if (done === bytes) return queue.commit(tag, bytes);
-    if (this.#isBehindFile(queue.offset(tag) + done)) {
-      queue.fillZero(tag, done, bytes);
-      return queue.commit(tag, bytes);
+    if (this.#phase[tag] !== FILLING && this.#isBehindFile(queue.offset(tag) + done)) {
+      this.#phase[tag] = FILLING;
+      return this.#begin(queue, tag);
     }
     if (result > 0) return this.#begin(queue, tag);
     this.#log(`${this.#spec.path} was cut short while in use: reads behind its new end fail`);
@@ -494,7 +520,6 @@ class LoopHandler implements RequestHandler {
       return result < 0 ? this.#finish(queue, tag, result) : this.#synced(queue, tag);
     }
     this.#phase[tag] = ZEROING;
-    queue.fillZero(tag, 0, Math.min(queue.bytes(tag), this.#ioBytesMax));
     this.#begin(queue, tag);
   }
 

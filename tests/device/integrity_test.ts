@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT
-/** fio writes checksums and reads them back: loop, direct and buffered, with one and two queues. */
+/**
+ * fio writes checksums and reads them back: loop, direct and buffered, with one and two queues,
+ * with zero copy (the default, where the kernel has it) and without.
+ */
 
 import assert from "node:assert/strict";
-import { allocated, deviceTest, queueSetting, scaled, type Scene } from "./helpers.ts";
+import { allocated, deviceTest, KERNEL, queueSetting, scaled, type Scene } from "./helpers.ts";
 
 interface FioJob {
   jobname: string;
@@ -30,11 +33,20 @@ async function verify(scene: Scene, device: string, mebibytes: number): Promise<
   }
 }
 
+/** By the kernel's number; its flags say the same, but the tests are declared before they run. */
+const hasZeroCopy = KERNEL === "newest";
+
 const cases = [
   { queues: 1, flags: [] },
   { queues: 1, flags: ["--buffered"] },
   { queues: 2, flags: [] },
-  { queues: 2, flags: ["--buffered"] },
+  { queues: 2, flags: ["--buffered", "--zero-copy=off"] },
+  ...hasZeroCopy
+    ? [
+      { queues: 1, flags: ["--zero-copy=off"] },
+      { queues: 2, flags: ["--zero-copy=reg"] },
+    ]
+    : [],
   ...scaled([], [{ queues: 1, flags: ["-u", "1", "--max_io_buf_bytes", "65536"] }]),
 ];
 
@@ -48,10 +60,31 @@ for (const { queues, flags } of cases) {
     const image = scene.image("disk.img", mebibytes << 20);
     const device = await scene.add("loop", image, "-q", `${queues}`, ...flags);
     assert.match(device.stderr, flags.includes("--buffered") ? /buffered I\/O/ : /direct I\/O/);
+    const off = flags.includes("--zero-copy=off") ? "off, as asked" : !hasZeroCopy && "off, kernel";
+    assert.match(device.stderr, new RegExp(off ? `zero copy: ${off}` : "zero copy( \\(reg\\))?\n"));
+    assert.strictEqual(/ SUPPORT_ZERO_COPY /.test(device.stdout), !off, device.stdout);
     await verify(scene, device.path, mebibytes);
     await scene.del(device);
   });
 }
+
+deviceTest("zero copy is refused by name where kernel or target have none", {}, async (scene) => {
+  const image = scene.image("disk.img", 1 << 20);
+  const refused = async (code: number, message: RegExp, ...args: string[]) => {
+    const { code: actual, stderr } = await scene.ubd("add", ...args);
+    assert.strictEqual(actual, code, stderr);
+    assert.match(stderr, message);
+  };
+  if (!hasZeroCopy) {
+    const lack = /kernel 6\.12\S* lacks AUTO_BUF_REG \(needs 6\.16\)/;
+    await refused(1, lack, "loop", image, "-z");
+    await refused(1, /lacks SUPPORT_ZERO_COPY \(needs 6\.15\)/, "loop", image, "--zero-copy=reg");
+    const device = await scene.add("loop", image);
+    assert.match(device.stderr, lack);
+  }
+  await refused(2, /Zero copy is not possible: the target needs/, "null", "-z");
+  await refused(2, /Zero copy "x"/, "null", "--zero-copy=x");
+});
 
 deviceTest("DISCARD frees blocks, WRITE_ZEROES keeps them when told, both read zeroes", {
   limitS: 240,

@@ -30,7 +30,7 @@ deviceTest(
     assert.match(zero.stdout, /block size 512 dev_capacity 2097152\n/);
     assert.match(zero.stderr, /^ubd: \/dev\/ublkb\d+ is live: 1 GiB\n$/);
     assert.match(loop.stdout, DUMP);
-    assert.match(loop.stderr, /is live: 8 MiB, direct I\/O\n$/);
+    assert.match(loop.stderr, /is live: 8 MiB, direct I\/O, zero copy.*\n$/);
     const target = JSON.parse(/\ttarget (.*)\n/.exec(loop.stdout)![1]!);
     assert.equal(target.backing_file, image);
     assert.equal(target.dev_size, 8 << 20);

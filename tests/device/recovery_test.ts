@@ -41,6 +41,7 @@ deviceTest("recover serves the same device again: reissue loses no I/O of a runn
     await kill(scene, device, "state QUIESCED");
     const next = await recover(scene, device);
     assert.equal(next.path, device.path);
+    assert.equal(/flags (\S+)/.exec(next.stdout)![1], /flags (\S+)/.exec(device.stdout)![1]);
     device = next;
   }
   await fio.finish();

@@ -43,11 +43,14 @@ import {
   COMMAND_FALLOCATE,
   COMMAND_FETCH,
   COMMAND_FSYNC,
+  COMMAND_READ,
   COMMAND_WRITE,
+  COMMAND_WRITE_ZEROES,
   EVENT_FILE,
   type QueueConfig,
   type QueueMemory,
   Shim,
+  type ZeroCopyConfig,
 } from "../../ffi/mod.ts";
 import { loopTarget } from "../../targets/loop.ts";
 
@@ -55,6 +58,13 @@ const { EIO, EAGAIN, EINTR, ENOSPC, EOPNOTSUPP } = ERRNO;
 const [READ, WRITE, FLUSH] = [UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_FLUSH];
 const [DISCARD, WRITE_ZEROES] = [UBLK_IO_OP_DISCARD, UBLK_IO_OP_WRITE_ZEROES];
 const IO_BYTES = 65536;
+const FILE_COMMANDS: number[] = [
+  COMMAND_READ,
+  COMMAND_WRITE,
+  COMMAND_FSYNC,
+  COMMAND_FALLOCATE,
+  COMMAND_WRITE_ZEROES,
+];
 
 const directory = mkdtempSync(join(tmpdir(), "ubd-loop-"));
 after(() => rmSync(directory, { recursive: true, force: true }));
@@ -115,7 +125,7 @@ class BlockLayer extends Shim {
       const [op, tag, value, flags] = [words[at]!, words[at + 1]!, words[at + 2]!, words[at + 3]!];
       if (op === COMMAND_COMMIT) this.#answer(tag, value);
       if (op === COMMAND_COMMIT || op === COMMAND_FETCH) this.#prepare(tag);
-      else if (op >= 2 && op <= 5) this.fileCommands.push([op, flags]);
+      else if (FILE_COMMANDS.includes(op)) this.fileCommands.push([op, flags]);
     }
     if (this.answers.filter(Boolean).length === this.#requests.length) {
       this.native.ubd_wake(this.#wakeFd);
@@ -163,6 +173,7 @@ class BlockLayer extends Shim {
 
 interface ServeOptions {
   depth?: number;
+  zeroCopy?: ZeroCopyConfig | undefined;
   onResult?: (result: number) => number;
   logs?: string[];
   /** The device's size by now. */
@@ -192,6 +203,7 @@ function serveSpec(spec: unknown, requests: Request[], options: ServeOptions = {
       sqe128: false,
       descriptorOffset: 0,
       descriptorBytes: 4096,
+      zeroCopy: options.zeroCopy,
     });
     queue.run(
       {
@@ -241,9 +253,19 @@ function withTarget<T>(file: string, options: Options, work: (target: OpenTarget
   }
 }
 
-const MODES: [string, Options][] = [["direct", {}], ["buffered", { buffered: true }]];
+const REGISTERED: ZeroCopyConfig = { automatic: false, registerOpcode: 0, unregisterOpcode: 0 };
+const AUTOMATIC: ZeroCopyConfig = { ...REGISTERED, automatic: true };
 
-for (const [mode, options] of MODES) {
+/** With zero copy, a tag's registered buffer is the memory that `BlockLayer` fills and looks at. */
+const MODES: [string, Options, ZeroCopyConfig?][] = [
+  ["direct", {}],
+  ["buffered", { buffered: true }],
+  ["direct, zero copy", {}, AUTOMATIC],
+  ["buffered, zero copy", { buffered: true }, AUTOMATIC],
+  ["direct, registered", {}, REGISTERED],
+];
+
+for (const [mode, options, zeroCopy] of MODES) {
   test(`loop (${mode}) reads the file's bytes and writes them, nothing beside them`, () => {
     const file = image(65536);
     const expected = pattern(65536);
@@ -253,7 +275,7 @@ for (const [mode, options] of MODES) {
         { op: READ, sector: 3, sectors: 5 },
         { op: WRITE, sector: 4, sectors: 3, data },
         { op: READ, sector: 0, sectors: 128 },
-      ]));
+      ], { zeroCopy }));
     assert.deepStrictEqual(results(answers), [2560, 1536, 65536]);
     assert.deepStrictEqual(Buffer.from(answers[0]!.data), expected.subarray(1536, 4096));
     expected.fill(0xab, 2048, 3584);
@@ -265,7 +287,7 @@ for (const [mode, options] of MODES) {
     const file = image(4096 + 100);
     withTarget(file, options, (target) => {
       assert.strictEqual(target.limits.sizeBytes, 4096 + 512);
-      const [answer] = serve(target, [{ op: READ, sector: 7, sectors: 2 }]);
+      const [answer] = serve(target, [{ op: READ, sector: 7, sectors: 2 }], { zeroCopy });
       const expected = Buffer.alloc(1024);
       pattern(4096 + 100).copy(expected, 0, 3584);
       assert.strictEqual(answer!.result, 1024);
@@ -273,7 +295,7 @@ for (const [mode, options] of MODES) {
       assert.strictEqual(statSync(file).size, 4196);
       const data = new Uint8Array(512).fill(0xcd);
       assert.deepStrictEqual(
-        results(serve(target, [{ op: WRITE, sector: 8, sectors: 1, data }])),
+        results(serve(target, [{ op: WRITE, sector: 8, sectors: 1, data }], { zeroCopy })),
         [512],
       );
     });
@@ -291,7 +313,7 @@ for (const [mode, options] of MODES) {
         { op: READ, sector: 20, sectors: 4 },
         { op: READ, sector: 12, sectors: 8 },
         { op: READ, sector: 8, sectors: 8 },
-      ], { logs });
+      ], { logs, zeroCopy });
       assert.deepStrictEqual(results(answers), [-EIO, -EIO, 4096]);
       assert.match(logs[0]!, /was cut short while in use/);
     });
@@ -348,7 +370,11 @@ for (const [mode, options] of MODES) {
           const data = new Uint8Array(op === WRITE ? sectors * 512 : 0).fill(value);
           return { op, flags, sector, sectors, data };
         });
-        const answers = withTarget(file, options, (target) => serve(target, requests));
+        const answers = withTarget(
+          file,
+          options,
+          (target) => serve(target, requests, { zeroCopy }),
+        );
         for (const [index, { op, sectors }] of requests.entries()) {
           const bytes = op === READ || op === WRITE ? sectors! * 512 : 0;
           assert.strictEqual(answers[index]!.result, bytes);
@@ -463,7 +489,7 @@ test("loop writes zeroes itself where the file system cannot (NOUNMAP on tmpfs)"
     assert.deepStrictEqual(results(layer.answers), [0]);
     assert.deepStrictEqual(
       layer.fileCommands.map(([op]) => op),
-      [COMMAND_FALLOCATE, ...new Array(4).fill(COMMAND_WRITE), COMMAND_FSYNC],
+      [COMMAND_FALLOCATE, ...new Array(4).fill(COMMAND_WRITE_ZEROES), COMMAND_FSYNC],
     );
     assert.ok(readFileSync(file).equals(expected.fill(0, 512, 401 * 512)));
   } finally {
@@ -489,20 +515,30 @@ test("loop serves a window of the file and never leaves it", () => {
   assert.ok(readFileSync(file).equals(expected));
 });
 
-test("loop goes on after short reads and writes", () => {
-  const file = image(16384);
-  const shorten = (result: number) => result > 512 ? 512 : result;
-  const data = Uint8Array.from({ length: 4096 }, (_, index) => index % 251);
-  const answers = withTarget(file, {}, (target) =>
-    serve(target, [
-      { op: READ, sector: 0, sectors: 32 },
-      { op: WRITE, sector: 8, sectors: 8, data },
-    ], { onResult: shorten }));
-  assert.deepStrictEqual(results(answers), [16384, 4096]);
-  assert.ok(pattern(16384).equals(answers[0]!.data));
-  const expected = pattern(16384);
-  expected.set(data, 4096);
-  assert.ok(readFileSync(file).equals(expected));
+for (const zeroCopy of [undefined, AUTOMATIC]) {
+  test(`loop goes on after short reads and writes${zeroCopy ? ", zero copy" : ""}`, () => {
+    const file = image(16384);
+    const shorten = (result: number) => result > 512 ? 512 : result;
+    const data = Uint8Array.from({ length: 4096 }, (_, index) => index % 251);
+    const answers = withTarget(file, {}, (target) =>
+      serve(target, [
+        { op: READ, sector: 0, sectors: 32 },
+        { op: WRITE, sector: 8, sectors: 8, data },
+      ], { onResult: shorten, zeroCopy }));
+    assert.deepStrictEqual(results(answers), [16384, 4096]);
+    assert.ok(pattern(16384).equals(answers[0]!.data));
+    const expected = pattern(16384);
+    expected.set(data, 4096);
+    assert.ok(readFileSync(file).equals(expected));
+  });
+}
+
+test("loop offers zero copy, with direct I/O's alignment", () => {
+  const offer = (options: Options) => withTarget(image(8192), options, ({ zeroCopy }) => zeroCopy);
+  assert.deepStrictEqual(offer({ buffered: true }), { memoryAlignBytes: 1 });
+  const direct = offer({});
+  assert.ok(direct && "memoryAlignBytes" in direct);
+  assert.ok([1, 512, 1024, 2048, 4096].includes(direct.memoryAlignBytes));
 });
 
 test("loop tries again after EINTR and EAGAIN, and gives up with EIO", () => {
@@ -546,6 +582,7 @@ test("loop passes on the backing's error, and says so", () => {
     sizeBytes: 1 << 20,
     blockBytes: 512,
     alwaysDurable: false,
+    zeroFd: -1,
   };
   const logs: string[] = [];
   const requests = [{ op: WRITE, sectors: 8, data: new Uint8Array(4096) }, { op: FLUSH }];

@@ -11,6 +11,7 @@ import process from "node:process";
 import { test } from "node:test";
 import { ERRNO } from "../../abi/errno.ts";
 import {
+  UBLK_IO_F_NEED_REG_BUF,
   UBLK_IO_OP_DISCARD,
   UBLK_IO_OP_FLUSH,
   UBLK_IO_OP_READ,
@@ -23,13 +24,17 @@ import type { RequestHandler } from "../../core/target.ts";
 import {
   COMMAND_COMMIT,
   COMMAND_FETCH,
+  COMMAND_REGISTER,
+  COMMAND_UNREGISTER,
+  EVENT_FILE,
   EVENT_REQUEST,
   type QueueConfig,
   type QueueMemory,
   Shim,
+  type ZeroCopyConfig,
 } from "../../ffi/mod.ts";
 
-const { EIO, EAGAIN, ENOSPC, EINVAL, ENODEV } = ERRNO;
+const { EIO, EAGAIN, ENOSPC, EINVAL, ENODEV, ENOMEM } = ERRNO;
 
 class SpyShim extends Shim {
   memory!: QueueMemory;
@@ -85,7 +90,7 @@ class SpyShim extends Shim {
 }
 
 /** A queue over `shim`, its wake-up descriptor, and how to leave its loop. */
-function setUp(shim: Shim, depth: number) {
+function setUp(shim: Shim, depth: number, zeroCopy?: ZeroCopyConfig) {
   const wakeFd = shim.native.ubd_eventfd(0);
   const queue = new Queue(shim, {
     charFd: -1,
@@ -98,6 +103,7 @@ function setUp(shim: Shim, depth: number) {
     sqe128: false,
     descriptorOffset: 0,
     descriptorBytes: Math.ceil(depth * 24 / 4096) * 4096,
+    zeroCopy,
   });
   const failures: unknown[] = [];
   return {
@@ -344,6 +350,79 @@ test("Queue.fillZero clears its part of the tag's buffer and no other byte", () 
   set.queue.fillZero(1, 10, 20);
   const expected = new Uint8Array(bytes.length).fill(0xee).fill(0, 65536 + 10, 65536 + 20);
   assert.deepStrictEqual(bytes, expected);
+});
+
+const REGISTERED: ZeroCopyConfig = { automatic: false, registerOpcode: 0, unregisterOpcode: 0 };
+const AUTOMATIC: ZeroCopyConfig = { ...REGISTERED, automatic: true };
+
+/** [mode, operation and flags, whether the queue registers the tag's buffer itself]. */
+const REGISTRATIONS: [string, ZeroCopyConfig | undefined, number, boolean][] = [
+  ["copied", undefined, UBLK_IO_OP_READ, false],
+  ["automatic", AUTOMATIC, UBLK_IO_OP_READ, false],
+  ["automatic, which failed", AUTOMATIC, UBLK_IO_OP_READ | UBLK_IO_F_NEED_REG_BUF, true],
+  ["automatic, which failed", AUTOMATIC, UBLK_IO_OP_WRITE | UBLK_IO_F_NEED_REG_BUF, true],
+  ["registered", REGISTERED, UBLK_IO_OP_READ, true],
+  ["registered", REGISTERED, UBLK_IO_OP_WRITE, true],
+  ["registered", REGISTERED, UBLK_IO_OP_FLUSH, false],
+  ["registered", REGISTERED, UBLK_IO_OP_DISCARD, false],
+];
+
+test("Queue registers a buffer before it serves the request, where nobody else does", () => {
+  for (const [mode, zeroCopy, opFlags, registers] of REGISTRATIONS) {
+    const spy = new SpyShim();
+    using set = setUp(spy, 1, zeroCopy);
+    spy.describe(0, opFlags, 8);
+    const seen: number[] = [];
+    serveSome(spy, set, 2, (queue, tag) => {
+      seen.push(spy.commands.filter(([op]) => op === COMMAND_REGISTER).length);
+      queue.commit(tag, -EIO);
+    });
+    const exchange = registers ? [[COMMAND_REGISTER, 0, 0], [COMMAND_UNREGISTER, 0, 0]] : [];
+    const expected = [...exchange, [COMMAND_COMMIT, 0, -EIO]];
+    const ours = [COMMAND_REGISTER, COMMAND_UNREGISTER, COMMAND_COMMIT];
+    const told = spy.commands.filter(([op]) => ours.includes(op)).slice(0, 2 * expected.length);
+    assert.deepStrictEqual(told, [...expected, ...expected], `${mode}, ${opFlags}`);
+    assert.deepStrictEqual(seen, registers ? [1, 2] : [0, 0]);
+  }
+});
+
+test("Queue fails a request whose buffer cannot be registered, and serves the next", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 1, REGISTERED);
+  spy.describe(0, UBLK_IO_OP_READ, 8);
+  let registrations = 0;
+  spy.onEvent = (words) => {
+    if (words[0] === EVENT_FILE && registrations++ === 0) words[2] = -ENOMEM;
+  };
+  let served = 0;
+  set.run({
+    handle(queue, tag) {
+      if (served++ === 0) queue.commit(tag, 4096);
+      else set.wake();
+    },
+  });
+  assert.deepStrictEqual(spy.commits, [[0, -ENOMEM], [0, 4096]]);
+  assert.strictEqual(spy.commands.filter(([op]) => op === COMMAND_UNREGISTER).length, 1);
+});
+
+test("Queue.run throws when a buffer cannot be unregistered: its request would wait for ever", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 1, REGISTERED);
+  spy.describe(0, UBLK_IO_OP_READ, 8);
+  let exchanges = 0;
+  spy.onEvent = (words) => {
+    if (words[0] === EVENT_FILE && exchanges++ === 1) words[2] = -EINVAL;
+  };
+  assert.throws(
+    () => set.run({ handle: (queue, tag) => queue.commit(tag, 4096) }),
+    (error) => error instanceof UblkError && error.operation === "UNREGISTER_IO_BUF",
+  );
+  assert.deepStrictEqual(spy.commits, []);
+});
+
+test("Queue.fillZero asserts that the data is in this process", () => {
+  using set = setUp(new SpyShim(), 1, AUTOMATIC);
+  assert.throws(() => set.queue.fillZero(0, 0, 512), AssertionError);
 });
 
 test("Queue's disposal is idempotent, and its constructor throws where there is no ring", () => {

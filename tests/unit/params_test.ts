@@ -4,7 +4,12 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
 import { pack } from "../../abi/struct.ts";
-import { UBLK_PARAMS } from "../../abi/ublk_cmd.ts";
+import {
+  UBLK_PARAM_TYPE_BASIC,
+  UBLK_PARAM_TYPE_DISCARD,
+  UBLK_PARAM_TYPE_DMA_ALIGN,
+  UBLK_PARAMS,
+} from "../../abi/ublk_cmd.ts";
 import { UsageError } from "../../core/error.ts";
 import { toParams } from "../../core/params.ts";
 import type { DeviceLimits } from "../../core/target.ts";
@@ -66,6 +71,17 @@ test("toParams offers DISCARD and WRITE_ZEROES each by itself", () => {
   assert.strictEqual(zeroes.getUint32(AT.discardGranularity, true), 512);
   assert.strictEqual(zeroes.getUint32(AT.maxDiscardSectors, true), 0);
   assert.strictEqual(zeroes.getUint32(AT.maxWriteZeroesSectors, true), 8388607);
+});
+
+test("toParams asks for aligned memory where the driver's own demand is too weak", () => {
+  const dma = (align?: number, limits = {}) => toParams({ ...LIMITS, ...limits }, IO_BYTES, align);
+  assert.deepStrictEqual(dma(1), dma());
+  assert.strictEqual(dma().types, UBLK_PARAM_TYPE_BASIC);
+  const both = UBLK_PARAM_TYPE_BASIC | UBLK_PARAM_TYPE_DMA_ALIGN;
+  assert.strictEqual(dma(512).types, both);
+  const discarding = dma(512, { discardBytes: 4096 });
+  assert.strictEqual(discarding.types, both | UBLK_PARAM_TYPE_DISCARD);
+  assert.deepStrictEqual(discarding.dma, { alignment: 511 });
 });
 
 test("toParams with DISCARD adds its block, with the largest extent that fits a u32 of bytes", () => {

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+/**
+ * How the bytes of requests travel: copied by the driver to and from buffers of the server, or not
+ * at all, as registered buffers of the queues' rings. Decided once, when a device is added; the
+ * driver keeps the decision in the device's flags, where recovery finds it.
+ * @module
+ */
+
+import { UBLK_F_AUTO_BUF_REG, UBLK_F_SUPPORT_ZERO_COPY } from "../abi/ublk_cmd.ts";
+import { describeLack } from "./control.ts";
+import { UsageError } from "./error.ts";
+import type { ZeroCopyOffer } from "./target.ts";
+
+/**
+ * "auto": where kernel and target allow it. "on" and "reg" insist: buffers are registered by the
+ * driver with each request (Linux 6.16), or by the queue with commands of its own (6.15).
+ */
+export type ZeroCopyWish = "auto" | "on" | "reg" | "off";
+
+export const ZERO_COPY_WISHES: readonly ZeroCopyWish[] = ["auto", "on", "reg", "off"];
+
+/** The driver registers; commands of the queue's own, for what it could not, take the other flag. */
+const AUTOMATIC = UBLK_F_AUTO_BUF_REG | UBLK_F_SUPPORT_ZERO_COPY;
+
+export interface ZeroCopyChoice {
+  /** Of UBLK_F_*, for ADD_DEV. */
+  flags: bigint;
+  /** For a person; undefined when there is nothing to say. */
+  note?: string;
+}
+
+/**
+ * @param features what the driver offers; what is insisted on is asked for nevertheless.
+ * @throws {UsageError} the target cannot do what is insisted on.
+ */
+export function chooseZeroCopy(
+  wish: ZeroCopyWish,
+  offer: ZeroCopyOffer | undefined,
+  features: bigint,
+): ZeroCopyChoice {
+  if (wish === "off") {
+    return offer ? { flags: 0n, note: "zero copy: off, as asked" } : { flags: 0n };
+  }
+  const obstacle = offer && "obstacle" in offer ? offer.obstacle : undefined;
+  if (wish !== "auto" && (!offer || obstacle)) {
+    const why = obstacle ?? "the target needs the bytes of its requests";
+    throw new UsageError(`Zero copy is not possible: ${why}`);
+  }
+  if (!offer) return { flags: 0n };
+  if (obstacle) return { flags: 0n, note: `zero copy: off, ${obstacle}` };
+  if (wish === "reg") return { flags: UBLK_F_SUPPORT_ZERO_COPY, note: "zero copy (reg)" };
+  const lacking = AUTOMATIC & ~features;
+  if (wish === "auto" && lacking) {
+    return { flags: 0n, note: `zero copy: off, ${describeLack(lacking)}` };
+  }
+  return { flags: AUTOMATIC, note: "zero copy" };
+}
+
+/** The way a device's flags stand for; undefined: data is copied. */
+export function zeroCopyOf(flags: bigint): { automatic: boolean } | undefined {
+  if (!(flags & AUTOMATIC)) return undefined;
+  return { automatic: (flags & UBLK_F_AUTO_BUF_REG) !== 0n };
+}

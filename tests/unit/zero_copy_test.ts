@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+/** Who gets zero copy, and what those are told who do not. */
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import {
+  UBLK_F_AUTO_BUF_REG,
+  UBLK_F_SUPPORT_ZERO_COPY,
+  UBLK_F_USER_COPY,
+  UBLK_F_USER_RECOVERY,
+} from "../../abi/ublk_cmd.ts";
+import { describeLack } from "../../core/control.ts";
+import { UsageError } from "../../core/error.ts";
+import type { ZeroCopyOffer } from "../../core/target.ts";
+import { chooseZeroCopy, zeroCopyOf } from "../../core/zero_copy.ts";
+
+const ABLE: ZeroCopyOffer = { memoryAlignBytes: 512 };
+const UNABLE: ZeroCopyOffer = { obstacle: "the moon is full" };
+const BOTH = UBLK_F_AUTO_BUF_REG | UBLK_F_SUPPORT_ZERO_COPY;
+const NONE = UBLK_F_USER_COPY;
+
+test("chooseZeroCopy takes it by default, where kernel and target allow it", () => {
+  assert.deepStrictEqual(chooseZeroCopy("auto", ABLE, BOTH | NONE), {
+    flags: BOTH,
+    note: "zero copy",
+  });
+  assert.deepStrictEqual(chooseZeroCopy("auto", undefined, BOTH), { flags: 0n });
+});
+
+test("chooseZeroCopy says why it is off", () => {
+  const why = (...args: Parameters<typeof chooseZeroCopy>) => {
+    const { flags, note } = chooseZeroCopy(...args);
+    assert.strictEqual(flags, 0n);
+    return note;
+  };
+  assert.strictEqual(why("auto", UNABLE, BOTH), "zero copy: off, the moon is full");
+  assert.strictEqual(why("off", ABLE, BOTH), "zero copy: off, as asked");
+  assert.strictEqual(why("off", undefined, BOTH), undefined);
+  for (const features of [NONE, UBLK_F_SUPPORT_ZERO_COPY]) {
+    const lack = /^zero copy: off, kernel \S+ lacks AUTO_BUF_REG \(needs 6\.16\)$/;
+    assert.match(why("auto", ABLE, features)!, lack);
+  }
+});
+
+test("chooseZeroCopy asks for what is insisted on, be it there or not: the driver refuses", () => {
+  for (const features of [BOTH, NONE]) {
+    assert.strictEqual(chooseZeroCopy("on", ABLE, features).flags, BOTH);
+    assert.strictEqual(chooseZeroCopy("reg", ABLE, features).flags, UBLK_F_SUPPORT_ZERO_COPY);
+  }
+  for (const wish of ["on", "reg"] as const) {
+    assert.throws(
+      () => chooseZeroCopy(wish, UNABLE, BOTH),
+      (error) => error instanceof UsageError && error.message.endsWith("the moon is full"),
+    );
+    assert.throws(() => chooseZeroCopy(wish, undefined, BOTH), UsageError);
+  }
+});
+
+test("zeroCopyOf reads the choice from a device's flags", () => {
+  assert.strictEqual(zeroCopyOf(NONE), undefined);
+  assert.deepStrictEqual(zeroCopyOf(NONE | BOTH), { automatic: true });
+  assert.deepStrictEqual(zeroCopyOf(UBLK_F_SUPPORT_ZERO_COPY), { automatic: false });
+});
+
+test("describeLack names the youngest feature, since a kernel with that has the others", () => {
+  assert.match(describeLack(BOTH | UBLK_F_USER_RECOVERY), /lacks AUTO_BUF_REG \(needs 6\.16\)$/);
+  assert.match(describeLack(1n << 60n), /lacks a feature \(needs a later one\)$/);
+});
