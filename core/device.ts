@@ -267,11 +267,7 @@ export class Device {
     }
     if (control.isUnprivileged(id)) await accessible(blockPath);
     const info = await control.getDeviceInfo(id); // The kernel changes flags silently.
-    const facts: QueueFacts[] = [];
-    for (const [qid, tid] of queues.tids.entries()) {
-      facts.push({ qid, tid, affinity: await control.getQueueAffinity(id, qid) });
-    }
-    return new Device(control, info, facts, notes, queues, () => {
+    return new Device(control, info, queues.facts, notes, queues, () => {
       // The target first: whoever waits for the character device then finds everything durable.
       try {
         options.target.close();
@@ -332,8 +328,7 @@ async function unwinding<T>(
 
 interface Queues {
   threads: QueueThread[];
-  /** Kernel ids of the queues' threads. */
-  tids: number[];
+  facts: QueueFacts[];
   ended: Promise<void>;
   /** Device nodes that this process has made, since nothing else did. */
   nodes: string[];
@@ -355,6 +350,7 @@ async function attach(
   const nodes: string[] = [];
   const fds = [await openCharDevice(control, info, nodes)];
   const threads: QueueThread[] = [];
+  const affinities: number[][] = [];
   const release = once(() => {
     for (const fd of fds) shim.native.ubd_close(fd);
     for (const node of nodes) rmSync(node, { force: true });
@@ -375,7 +371,10 @@ async function attach(
     const wakeFd = shim.native.ubd_eventfd(0);
     if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: info.id });
     fds.push(wakeFd);
+    const cpus = await control.getQueueAffinity(info.id, queueId);
+    affinities.push(cpus);
     const config = {
+      cpus,
       charFd: fds[0]!,
       wakeFd,
       queueId,
@@ -399,6 +398,7 @@ async function attach(
     tidsKnown.push(thread.serve(config));
   }
   const tids = await Promise.all(tidsKnown);
+  const facts = tids.map((tid, qid) => ({ qid, tid, affinity: affinities[qid]! }));
   checkpoint("queues started");
 
   const ended = Promise.all(threads.map((thread) => thread.ended)).then(() => {});
@@ -410,7 +410,7 @@ async function attach(
     died.catch(() => {});
     await Promise.race([command, died]);
   };
-  return { threads, tids, ended, nodes, during, release };
+  return { threads, facts, ended, nodes, during, release };
 }
 
 /** The driver drops flags it does not know, silently: a device must not promise less than asked. */

@@ -40,6 +40,8 @@ export interface TargetName {
 export interface Assignment extends QueueConfig {
   /** Of the device, as /sys/block has it. */
   blockName: string;
+  /** CPUs whose I/O the queue gets: a thread of its own stays with them. Default: all. */
+  cpus?: readonly number[];
 }
 
 export interface QueueThread {
@@ -284,6 +286,7 @@ export async function runQueueThread(
       if (Atomics.load(orders, 0) & STOPPING) handler.stopping?.();
       return (Atomics.load(orders, 0) & ABANDONED) !== 0;
     };
+    if (config.cpus) shim.narrowAffinity(config.cpus);
     send({ type: "started", tid: shim.native.ubd_gettid() });
     if (queue.run(handler, woken, logFailure(log))) return;
     await queue.runOnEventLoop(handler, woken, logFailure(log));

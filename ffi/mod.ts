@@ -180,6 +180,13 @@ export class Shim {
     return this.native.ubd_open(new TextEncoder().encode(`${path}\0`), flags);
   }
 
+  /** Keeps this thread to those of its CPUs that are listed, if there are any. */
+  narrowAffinity(cpus: readonly number[]): number {
+    const mask = new Uint8Array(1024);
+    for (const cpu of cpus) mask[cpu >> 3]! |= 1 << (cpu & 7);
+    return this.native.ubd_narrow_affinity(mask);
+  }
+
   /** The shim's struct sizes and offsets: lines "struct SIZE" and "struct.field OFFSET". */
   layout(): string {
     const bytes = new Uint8Array(16384);

@@ -42,6 +42,7 @@ export const SYMBOLS = {
   ubd_wake: { args: ["i32"], result: "i32" },
   ubd_close_on_exec: { args: [], result: "i32" },
   ubd_set_affinity: { args: ["i32", "buffer"], result: "i32" },
+  ubd_narrow_affinity: { args: ["buffer"], result: "i32" },
   ubd_gettid: { args: [], result: "i32" },
   ubd_leave_mounts: { args: ["buffer"], result: "i32" },
   ubd_rejoin_mounts: { args: ["buffer"], result: "i32" },

@@ -233,6 +233,22 @@ export fn ubd_set_affinity(tid: i32, cpus: ?*const [1024]u8) i32 {
     return sys.call(.sched_setaffinity, .{ word(tid), checked.len, @intFromPtr(checked), 0, 0, 0 });
 }
 
+/// Keeps the calling thread to those of its CPUs that are in `mask`, if there are any: whoever
+/// restricted the process (taskset, a cgroup) is obeyed first.
+export fn ubd_narrow_affinity(mask: ?*const [1024]u8) i32 {
+    const wanted = mask orelse return -sys.EINVAL;
+    var cpus: [1024]u8 align(8) = undefined;
+    const bytes = sys.call(.sched_getaffinity, .{ 0, cpus.len, @intFromPtr(&cpus), 0, 0, 0 });
+    if (bytes < 0) return bytes;
+    var any: u8 = 0;
+    for (cpus[0..@intCast(bytes)], wanted[0..@intCast(bytes)]) |*have, want| {
+        have.* &= want;
+        any |= have.*;
+    }
+    if (any == 0) return 0;
+    return sys.call(.sched_setaffinity, .{ 0, @intCast(bytes), @intFromPtr(&cpus), 0, 0, 0 });
+}
+
 export fn ubd_gettid() i32 {
     return sys.call(.gettid, .{ 0, 0, 0, 0, 0, 0 });
 }

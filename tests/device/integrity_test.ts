@@ -5,6 +5,7 @@
  */
 
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { allocated, deviceTest, KERNEL, queueSetting, scaled, type Scene } from "./helpers.ts";
 
 interface FioJob {
@@ -84,6 +85,16 @@ deviceTest("zero copy is refused by name where kernel or target have none", {}, 
   }
   await refused(2, /Zero copy is not possible: the target needs/, "null", "-z");
   await refused(2, /Zero copy "x"/, "null", "--zero-copy=x");
+});
+
+deviceTest("each queue's thread stays with the CPUs whose I/O it gets", {}, async (scene) => {
+  const { pid, stdout } = await scene.add("null", "-q", "2");
+  const queues = [...stdout.matchAll(/queue \d+: tid (\d+) affinity\(([\d ]+)\)/g)];
+  assert.strictEqual(queues.length, 2);
+  for (const [, tid, cpus] of queues) {
+    const status = readFileSync(`/proc/${pid}/task/${tid}/status`, "utf8");
+    assert.strictEqual(/^Cpus_allowed_list:\t(.*)$/m.exec(status)![1], cpus!.trim());
+  }
 });
 
 deviceTest("DISCARD frees blocks, WRITE_ZEROES keeps them when told, both read zeroes", {

@@ -614,6 +614,19 @@ test("the program that udev runs fails for what is no device of a user", () => {
   }
 });
 
+test("ubd_narrow_affinity keeps to CPUs that the thread has, and never leaves it none", () => {
+  const cpus = () =>
+    /^Cpus_allowed_list:\s*(.*)$/m
+      .exec(readFileSync(`/proc/self/task/${native.ubd_gettid()}/status`, "utf8"))![1]!;
+  const before = cpus();
+  assert.strictEqual(shim.narrowAffinity([]), 0);
+  assert.strictEqual(shim.narrowAffinity([8191]), 0);
+  assert.strictEqual(cpus(), before, "no CPU is left: nothing changes");
+  assert.strictEqual(shim.narrowAffinity(Array.from({ length: 8192 }, (_, cpu) => cpu)), 0);
+  assert.strictEqual(cpus(), before);
+  assert.strictEqual(native.ubd_narrow_affinity(NULL), -EINVAL);
+});
+
 test("a library is built for this machine", () => {
   assert.ok(Object.keys(SHIM_PACKED).includes(arch()));
 });
