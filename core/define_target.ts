@@ -151,7 +151,7 @@ export interface Target {
  *
  * const disk = new Uint8Array(64 * 1024 ** 2);
  *
- * export default defineTarget({
+ * const target = defineTarget({
  *   size: disk.length,
  *   read: ({ offset, length, buffer }) => buffer.set(disk.subarray(offset, offset + length)),
  *   write: ({ offset, buffer }) => disk.set(buffer, offset),

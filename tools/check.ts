@@ -50,6 +50,9 @@ function sourceFiles(): string[] {
   return listed.split("\n").filter(Boolean);
 }
 
+/** Files whose examples are to compile. */
+const isDocumented = (file: string) => /^(mod|core\/\w+|testing\/\w+)\.ts$/.test(file);
+
 /** @returns one line for each arrow that points up, and each runtime named outside ffi/. */
 export function layerFaults(read: (file: string) => string, files: string[]): string[] {
   const faults: string[] = [];
@@ -82,7 +85,11 @@ const CHECKS: readonly (readonly [string, () => void])[] = [
   ["format", () => run("deno", ["fmt", "--check", "--quiet"])],
   ["lint", () => run("deno", ["lint", "--quiet"])],
   ["types", () => run("deno", ["check", "--quiet", ...sourceFiles()])],
-  ["docs", () => run("deno", ["doc", "--lint", "--quiet", "mod.ts", "testing/mod.ts"])],
+  ["docs", () => {
+    run("deno", ["doc", "--lint", "--quiet", "mod.ts", "testing/mod.ts"]);
+    run("deno", ["check", "--quiet", "--doc", ...sourceFiles().filter(isDocumented)]);
+    run("deno", ["check", "--quiet", "--doc-only", "README.md", "docs/library.md"]);
+  }],
   ["layers", () => {
     const faults = layerFaults((file) => readFileSync(join(ROOT, file), "utf8"), sourceFiles());
     if (faults.length > 0) throw new Error(faults.join("\n"));
