@@ -2,6 +2,7 @@
 /** `ubd del`: stops and deletes devices, whoever serves them. @module */
 
 import { existsSync } from "node:fs";
+import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Command, Option } from "commander";
 import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
@@ -16,6 +17,9 @@ import { parseDeviceId, parseInteger } from "./size.ts";
 
 /** The server has let go when DEL_DEV ends; its process needs a moment more. */
 const SERVER_EXIT_DEADLINE_MS = 3000;
+
+/** With --force, a server that has not answered its requests by then is killed. */
+const FORCE_PATIENCE_MS = 5000;
 
 /** udev opens every device that changes, for a moment: TRY_STOP_DEV is tried again so long. */
 const TRY_STOP_PATIENCE_MS = 2000;
@@ -52,7 +56,7 @@ export function defineDel(program: Command): void {
     .argument("[device...]", "ids, or paths such as /dev/ublkb0")
     .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
     .option("-a, --all", "all devices")
-    .option("--force", "even a device in use: its users get I/O errors")
+    .option("--force", "even in use or hung: its users get I/O errors")
     .option("--if-unused", "let the driver check for users as it stops, where it can (7.0)")
     .option("--lazy", "do not wait until the last one has let go; the kernel finishes (6.9)")
     .addOption(new Option("--async").hideHelp())
@@ -102,7 +106,9 @@ export async function deleteDevice(
   const canTry = ((control.features ?? 0n) & UBLK_F_SAFE_STOP_DEV) !== 0n;
   if (ifUnused && canTry && state !== UBLK_S_DEV_DEAD) await stopUnused(control, id);
   // DEL_DEV stops too: one that the kernel refuses, because it is lazy, must not have stopped.
-  else if (!lazy) await control.stopDevice(id);
+  else if (!lazy) {
+    await (force && pid === statePid ? stopOrKill(control, id, pid) : control.stopDevice(id));
+  }
   checkpoint("stopped");
   if (lazy) await control.deleteDeviceLater(id);
   else await (force ? deleteHeld(control, id) : control.deleteDevice(id));
@@ -125,6 +131,16 @@ async function stopUnused(control: Control, id: number): Promise<void> {
     await refuseUsed(control, id);
     await sleep(50);
   }
+}
+
+/** STOP_DEV waits for requests that a handler never answers: its server is one of ours. */
+async function stopOrKill(control: Control, id: number, pid: number): Promise<void> {
+  const timer = setTimeout(() => {
+    try {
+      process.kill(pid, "SIGKILL");
+    } catch { /* it has ended */ }
+  }, FORCE_PATIENCE_MS);
+  await control.stopDevice(id).finally(() => clearTimeout(timer));
 }
 
 /** DEL_DEV would wait for whoever still has the device open; the kernel can do that by itself. */

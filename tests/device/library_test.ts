@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT
+/** Targets that are somebody's TypeScript: as a program, and by `ubd add ./file.ts`. */
+
+import assert from "node:assert/strict";
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { deviceTest, gone, type Job, type Scene, until } from "./helpers.ts";
+
+const CHECKOUT = "/ubd";
+const EXAMPLE = `${CHECKOUT}/examples/memory.ts`;
+
+const RUNTIMES = {
+  bun: ["bun"],
+  deno: ["deno", "run", "-A", "-q", "--cached-only", `--config=${CHECKOUT}/deno.json`],
+} as const;
+
+/** Writes a module of the test's own. @returns its path. */
+function moduleFile(scene: Scene, name: string, lines: string): string {
+  const file = join(scene.directory, name);
+  writeFileSync(file, lines);
+  return file;
+}
+
+/** Waits until a program has told the devices it serves. */
+async function told(job: Job, count: number): Promise<string[]> {
+  const paths = () => job.output().match(/\/dev\/ublkb\d+/g) ?? [];
+  assert.ok(await until(() => paths().length >= count, 60_000), job.output());
+  return paths();
+}
+
+for (const [name, command] of Object.entries(RUNTIMES)) {
+  deviceTest(`the README's example is a disk under ${name}; Ctrl-C leaves nothing`, {
+    anyKernel: true,
+  }, async (scene) => {
+    const job = scene.start([...command, EXAMPLE]);
+    const [path] = await told(job, 1);
+    await scene.sh(`mkfs.ext4 -q ${path}`);
+    const point = await scene.mount("mnt", path!);
+    await scene.sh(`cp -r /etc ${point}/ && diff -r --no-dereference /etc ${point}/etc`);
+    await scene.sh(`umount ${point} && fsck.ext4 -fn ${path}`);
+    job.kill("SIGINT");
+    const { code, stderr } = await job.ended;
+    assert.equal(code, 0, stderr);
+  });
+}
+
+deviceTest("ubd add ./file.ts: a module, its options and its mistakes", {
+  anyKernel: true,
+}, async (scene) => {
+  const disk = await scene.add(EXAMPLE);
+  await scene.sh(`mkfs.ext4 -q ${disk.path} && fsck.ext4 -fn ${disk.path}`);
+  await scene.del(disk);
+
+  const file = moduleFile(
+    scene,
+    "pattern.ts",
+    `import { defineTarget } from "ubd";
+     export default defineTarget({
+       options: {
+         size: { type: "size", default: "1M", description: "size of the device" },
+         byte: { type: "number", required: true },
+       },
+       open: ({ size, byte }) => ({ size, read: ({ buffer }) => void buffer.fill(byte) }),
+     });`,
+  );
+  const help = await scene.ubd("add", file, "--help");
+  assert.match(help.stdout, /--opt size=SIZE +size of the device \(default: 1M\)/);
+  assert.match(help.stdout, /--opt byte=NUMBER +\(required\)/);
+  const device = await scene.add(file, "--opt", "byte=65", "--opt", "size=64K");
+  const read = `dd status=none if=${device.path} bs=64k count=2 iflag=direct | tr -d A | wc -c`;
+  assert.equal(await scene.sh(read), "0");
+  assert.equal(await scene.sh(`blockdev --getsize64 --getro ${device.path}`), "65536\n1");
+  await scene.del(device);
+  for (const wrong of [[], ["--opt", "byte=x"], ["--opt", "byte=1", "--opt", "bite=2"]]) {
+    const { code, stderr } = await scene.ubd("add", file, ...wrong);
+    assert.equal(code, 2, stderr);
+    assert.match(stderr, /Option "(byte|bite)"/);
+  }
+});
+
+/** Every function awaits a timer. */
+const SLOW = `
+import { createDevice, defineTarget } from "${CHECKOUT}/mod.ts";
+import { setTimeout as sleep } from "node:timers/promises";
+const make = (ms: number) => {
+  const disk = new Uint8Array(16 * 1024 ** 2);
+  return defineTarget({
+    size: disk.length,
+    async read({ offset, length, buffer }) {
+      await sleep(ms);
+      buffer.set(disk.subarray(offset, offset + length));
+    },
+    async write({ offset, buffer }) {
+      await sleep(ms);
+      disk.set(buffer, offset);
+    },
+    async flush() {
+      await sleep(ms);
+    },
+  });
+};
+await using one = await createDevice(make(0), { queues: 1 });
+await using two = await createDevice(make(1), { queues: 2 });
+console.log(one.path);
+console.log(two.path);
+await Promise.all([one.closed, two.closed]);
+console.log(one.stats().write.requests > 0 && two.stats().write.requests > 0 ? "both" : "no");
+`;
+
+const FIO = "fio --name=t --direct=1 --ioengine=libaio --bs=4k --size=8M --output-format=json";
+
+deviceTest("asynchronous devices, two in a process: fio verify, and many requests in flight", {
+  anyKernel: true,
+}, async (scene) => {
+  const job = scene.start([...RUNTIMES.bun, moduleFile(scene, "slow.ts", SLOW)]);
+  const [one, two] = await told(job, 2);
+  for (const path of [one, two]) {
+    const verify = "--rw=randwrite --verify=crc32c --do_verify=1 --iodepth=32 --fsync=64";
+    await scene.sh(`${FIO} --filename=${path} ${verify}`);
+  }
+  const iops = async (depth: number) => {
+    const options = `--rw=randread --time_based --runtime=3 --iodepth=${depth}`;
+    const report = JSON.parse(await scene.sh(`${FIO} --filename=${two} ${options}`));
+    return report.jobs[0].read.iops as number;
+  };
+  const [alone, many] = [await iops(1), await iops(64)];
+  console.log(`  QD 64 serves ${(many / alone).toFixed(1)} times the rate of QD 1 (${alone} 1/s)`);
+  assert.ok(many > 10 * alone, `${many} against ${alone}`);
+  job.kill("SIGINT");
+  const { code, stdout, stderr } = await job.ended;
+  assert.equal(code, 0, stderr);
+  assert.match(stdout, /both$/m);
+});
+
+/** Does something bad when it is asked for what is behind the first 64 KiB. */
+const bad = (deed: string) => `
+import process from "node:process";
+import { defineTarget } from "ubd";
+export default defineTarget({
+  size: 1024 ** 2,
+  read({ offset }) {
+    if (offset >= 65536) { ${deed} }
+  },
+});`;
+
+const READ_BAD = "if=%s of=/dev/null bs=4k count=1 skip=32 iflag=direct";
+
+deviceTest("a handler that calls process.exit leaves a device that list and del know", {
+  anyKernel: true,
+}, async (scene) => {
+  const device = await scene.add(moduleFile(scene, "exits.ts", bad("process.exit(3);")));
+  const { code } = await scene.run(["dd", ...READ_BAD.replace("%s", device.path).split(" ")]);
+  assert.equal(code, 1, "the read fails");
+  let list = "";
+  const dead = async () => {
+    list = (await scene.ubd("list", "-n", `${device.id}`)).stdout;
+    return / state DEAD\n/.test(list);
+  };
+  assert.ok(await until(dead, 60_000), list);
+  await scene.del(device);
+});
+
+deviceTest("a handler that loops for ever: list says LIVE, and del --force removes it", {
+  anyKernel: true,
+}, async (scene) => {
+  const device = await scene.add(moduleFile(scene, "loops.ts", bad("for (;;);")));
+  const reader = scene.start(["dd", ...READ_BAD.replace("%s", device.path).split(" ")]);
+  await scene.sh("sleep 1");
+  const list = (await scene.ubd("list", "-n", `${device.id}`)).stdout;
+  assert.match(list, new RegExp(`daemon pid ${device.pid} state LIVE`));
+  const { code, stderr } = await scene.ubd("del", "--force", `${device.id}`);
+  assert.equal(code, 0, stderr);
+  assert.equal((await reader.ended).code, 1);
+  await gone(device);
+  scene.forget(device);
+});
