@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: MIT
 /**
- * Measures ubd against the kernel's own server and drivers: `npm run bench`, in one guest.
+ * Measures ubd against other ublk servers and the kernel's drivers: `npm run bench`.
  *
- * Host side: builds what takes part, boots the guest, prints the table. guest.ts measures, plan.ts
- * says what. Absolute numbers are those of an emulated processor unless the host has KVM; the
- * ratios are what to look at, and a spread as wide as a difference means there is none.
+ * Host side: builds what takes part, measures the queue loop natively (ring.ts), boots the guest
+ * for the rest (guest.ts), prints the tables. plan.ts says what is measured and by whom. Absolute
+ * numbers of the guest are those of an emulated processor unless the host has KVM; the ratios are
+ * what to look at, and a range as wide as a difference means there is none.
  *
  * Exit status: 1 when a contender failed to run, never for being slow.
  */
 import {
-  copyFileSync,
   existsSync,
+  mkdirSync,
   mkdtempSync,
   readdirSync,
   readFileSync,
@@ -23,38 +24,47 @@ import { join } from "node:path";
 import process from "node:process";
 import { parseArgs } from "node:util";
 import { build } from "../tools/build.ts";
+import { run } from "../tools/run.ts";
 import { runInGuest } from "../tools/vm.ts";
-import { buildKublk } from "./kublk.ts";
-import { CASES, KUBLK_FILE, type Plan, PLAN_FILE, QUICK_CASES, REPORT_FILE } from "./plan.ts";
+import { drawReport } from "./chart.ts";
+import { type Plan, PLAN_FILE, PRESETS, REPORT_FILE } from "./plan.ts";
 import type { Report } from "./plan.ts";
+import { providePrograms } from "./programs.ts";
+import { measureRing } from "./ring.ts";
 import { formatReport } from "./table.ts";
 
 const ROOT = join(import.meta.dirname!, "..");
+const DOCS = join(ROOT, "docs/benchmarks");
 
 /** What goes into dist/ubd. */
 const SOURCES = ["abi", "cli", "core", "ffi", "shim", "targets"];
 
 /** More contenders than this would be a mistake in the estimate of a guest's time only. */
-const CONTENDERS_MAX = 10;
+const CONTENDERS_MAX = 12;
 
-/** Starting and ending fio in an emulated guest. */
-const FIO_OVERHEAD_S = 15;
+/** Starting and ending fio, or a server, in an emulated guest. */
+const PROGRAM_S = 15;
 
 const USAGE = `Usage: bench [options]
 
-Measures ubd against kublk, the kernel's loop driver and null_blk, in a guest.
+Measures ubd against kublk, rublk, qemu-nbd, the kernel's loop driver and null_blk, in a guest;
+and the queue loop against the same loop in C, on this machine.
 
-  --quick       one short repeat of fewer cases: shows that all of it runs, measures little
-  --repeats N   how often each measurement is made (default: 3)
-  --seconds S   length of one measurement (default: 4)
+  --quick       a minute: shows that all of it runs, measures little
+  --full        hours: every case, one and two queues, up to 64 idle devices
+  --only PART   ring (on this machine) or guest
+  --repeats N   how often each measurement is made
+  --seconds S   length of one measurement
+  --write       put tables, chart and measurements into docs/benchmarks/
   --json FILE   write all measurements there
   --help        show this text
 `;
 
 interface Options {
-  quick: boolean;
-  repeats: number;
-  seconds: number;
+  plan: Plan;
+  ring: boolean;
+  guest: boolean;
+  write: boolean;
   json: string | undefined;
 }
 
@@ -63,22 +73,37 @@ function parseCommandLine(args: string[]): Options | undefined {
     args,
     options: {
       quick: { type: "boolean", default: false },
+      full: { type: "boolean", default: false },
+      only: { type: "string" },
       repeats: { type: "string" },
       seconds: { type: "string" },
+      write: { type: "boolean", default: false },
       json: { type: "string" },
       help: { type: "boolean", default: false },
     },
   });
   if (values.help) return undefined;
-  const count = (name: string, value: string | undefined, preset: number) => {
+  const count = (name: "repeats" | "seconds", preset: number) => {
+    const value = values[name];
     if (value === undefined) return preset;
     if (/^[1-9]\d{0,3}$/.test(value)) return Number(value);
     throw new RangeError(`--${name} must be a whole number above 0, not ${value}`);
   };
+  const { only } = values;
+  if (only !== undefined && only !== "ring" && only !== "guest") {
+    throw new RangeError(`--only must be ring or guest, not ${only}`);
+  }
+  if (values.quick && values.full) throw new RangeError("--quick and --full exclude each other");
+  const preset: Plan = PRESETS[values.quick ? "quick" : values.full ? "full" : "default"];
   return {
-    quick: values.quick,
-    repeats: count("repeats", values.repeats, values.quick ? 1 : 3),
-    seconds: count("seconds", values.seconds, values.quick ? 1 : 4),
+    plan: {
+      ...preset,
+      repeats: count("repeats", preset.repeats),
+      seconds: count("seconds", preset.seconds),
+    },
+    ring: only !== "guest",
+    guest: only !== "ring",
+    write: values.write,
     json: values.json,
   };
 }
@@ -93,70 +118,76 @@ async function ensureBuilt(): Promise<void> {
   if (!existsSync(binary) || statSync(binary).mtimeMs < newestMs) await build();
 }
 
-function makePlan({ quick, repeats, seconds }: Options, hasKublk: boolean): Plan {
-  return {
-    cases: quick ? QUICK_CASES : CASES,
-    repeats,
-    seconds,
-    rampSeconds: quick ? 0 : 1,
-    warmUpSeconds: quick ? 0 : 10,
-    fileMiB: quick ? 64 : 1024,
-    hasKublk,
-  };
-}
-
-/** Puts kublk into the shared directory. Without it the comparison is poorer, not void. */
-async function provideKublk(directory: string): Promise<string | Error> {
-  try {
-    const { path, version } = await buildKublk();
-    copyFileSync(path, join(directory, KUBLK_FILE));
-    return version;
-  } catch (error) {
-    process.stderr.write(`bench: goes on without kublk: ${(error as Error).message}\n`);
-    return error as Error;
-  }
+/** A guest that takes longer than this hangs. */
+function guestTimeoutS(plan: Plan): number {
+  const measurements = plan.groups.reduce((sum, { cases }) => sum + cases.length, 0) *
+    plan.repeats * CONTENDERS_MAX;
+  const devices = plan.idleDevices.reduce((sum, it) => sum + it, 0) * 4;
+  const programs = measurements + 2 * devices + 8 * (plan.starts + 1) +
+    plan.groups.length * CONTENDERS_MAX;
+  return 120 + programs * PROGRAM_S + measurements * (plan.seconds + plan.rampSeconds) +
+    plan.groups.length * CONTENDERS_MAX * plan.warmUpSeconds +
+    4 * plan.idleDevices.length * plan.idleSeconds;
 }
 
 async function measureInGuest(plan: Plan, directory: string): Promise<Report> {
-  writeFileSync(join(directory, PLAN_FILE), JSON.stringify(plan));
-  const measurements = plan.repeats * plan.cases.length * CONTENDERS_MAX;
+  await ensureBuilt();
+  const { versions, present } = await providePrograms(plan.programs, directory);
+  writeFileSync(join(directory, PLAN_FILE), JSON.stringify({ ...plan, programs: present }));
   const result = await runInGuest({
     command: "bun /ubd/bench/guest.ts",
     ubd: "binary",
+    memoryMiB: plan.guestMemoryMiB,
     resultsDir: directory,
-    timeoutS: 120 + measurements * (plan.seconds + plan.rampSeconds + FIO_OVERHEAD_S),
+    timeoutS: guestTimeoutS(plan),
     onOutput: (chunk) => process.stderr.write(chunk),
   });
-  const report = join(directory, REPORT_FILE);
-  if (result.exitCode !== 0 || !existsSync(report)) {
+  const file = join(directory, REPORT_FILE);
+  if (result.exitCode !== 0 || !existsSync(file)) {
     const log = result.dmesg.trimEnd().split("\n").slice(-20).join("\n");
     throw new Error(`The guest's part ended with ${result.exitCode} (${result.outcome}):\n${log}`);
   }
-  return JSON.parse(readFileSync(report, "utf8")) as Report;
+  const report = JSON.parse(readFileSync(file, "utf8")) as Report;
+  return { ...report, versions: { ...report.versions, ...versions } };
 }
 
-async function bench(options: Options): Promise<number> {
+/** Puts everything into docs/benchmarks/, formatted as the house has it. */
+async function writeDocs(text: string, report: Report, plan: Plan, command: string): Promise<void> {
+  mkdirSync(DOCS, { recursive: true });
+  const file = (name: string) => join(DOCS, name);
+  const title = "# Results\n\nMade by the command below; [how to read them](README.md).\n\n" +
+    "![Throughput against the yardstick](chart.svg)\n\n";
+  writeFileSync(file("results.md"), title + text);
+  writeFileSync(file("chart.svg"), drawReport(report));
+  writeFileSync(file("results.json"), JSON.stringify({ command, plan, ...report }));
+  const written = ["results.md", "results.json", "chart.svg"].map(file);
+  await run("deno", ["fmt", "--quiet", ...written], { cwd: ROOT });
+}
+
+async function bench({ plan, ring, guest, write, json }: Options): Promise<number> {
   const directory = mkdtempSync(join(tmpdir(), "ubd-bench-"));
   try {
-    await ensureBuilt();
-    const kublk = await provideKublk(directory);
-    const plan = makePlan(options, typeof kublk === "string");
-    const report = await measureInGuest(plan, directory);
-    report.versions.kublk = typeof kublk === "string" ? kublk : `absent: ${firstLine(kublk)}`;
-
-    const command = ["bun bench/bench.ts", ...process.argv.slice(2)].join(" ");
-    process.stdout.write(formatReport(report, plan.cases, command));
-    if (options.json) {
-      writeFileSync(options.json, `${JSON.stringify({ command, plan, ...report }, null, 2)}\n`);
+    const empty = { measurements: [], versions: {} };
+    const native = ring ? await measureRing(plan, directory) : empty;
+    const guests: Report = guest
+      ? await measureInGuest(plan, directory)
+      : { ...empty, idle: [], starts: [], absent: [], failures: [] };
+    const report: Report = {
+      ...guests,
+      versions: { ...native.versions, ...guests.versions },
+      measurements: [...native.measurements, ...guests.measurements],
+    };
+    const command = ["npm run bench --", ...process.argv.slice(2)].join(" ");
+    const text = formatReport(report, plan, command);
+    process.stdout.write(text);
+    if (write) await writeDocs(text, report, plan, command);
+    if (json) {
+      writeFileSync(json, `${JSON.stringify({ command, plan, ...report }, null, 2)}\n`);
     }
     return report.failures.length > 0 ? 1 : 0;
   } finally {
     rmSync(directory, { recursive: true, force: true });
   }
-}
-
-function firstLine(error: Error): string {
-  return error.message.split("\n")[0]!;
 }
 
 async function main(): Promise<number> {

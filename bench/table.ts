@@ -1,92 +1,161 @@
 // SPDX-License-Identifier: MIT
-/** Prints a `Report`: one table for each case and group, each number the median of the repeats. */
-import { type Case, type Group, type Measurement, type Report, YARDSTICK } from "./plan.ts";
-
-/** The middle value; of an even number, the mean of the two in the middle. */
-export function median(values: readonly number[]): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
-}
-
-/** IOPS, or MiB/s where requests are large. */
-function throughputOf(load: Case): { unit: string; of: (it: Measurement) => number } {
-  return load.blockBytes > 65536
-    ? { unit: "MiB/s", of: (it) => it.bytesPerSecond / 1024 ** 2 }
-    : { unit: "IOPS", of: (it) => it.iops };
-}
-
 /**
- * How a contender compares with the yardstick: "0.95x" and over which range, from the ratios
- * within each repeat, where both had about the same share of the machine.
+ * Prints a `Report` as Markdown: one table for each case and group, each number the median of the
+ * repeats, with their range.
  */
-function ratiosTo(yardstick: Measurement[], own: Measurement[]): [string, string] {
-  // Of logarithms, for twice and half as fast must weigh the same.
-  const logs = own.flatMap((it) => {
-    const other = yardstick.find(({ repeat }) => repeat === it.repeat);
-    return other ? [Math.log(it.iops / other.iops)] : [];
-  });
-  if (logs.length === 0) return ["-", "-"];
-  const text = (log: number) => Math.exp(log).toFixed(2);
-  return [`${text(median(logs))}x`, `${text(Math.min(...logs))}..${text(Math.max(...logs))}`];
+import {
+  type Measurement,
+  type Plan,
+  type Report,
+  RING_GROUP,
+  RING_YARDSTICK,
+  YARDSTICK,
+} from "./plan.ts";
+import { distinct, median, pick, ratio } from "./statistics.ts";
+import { verdicts } from "./targets.ts";
+
+/** The one that ratios of a group are made against. */
+export function yardstickOf(group: string): string {
+  return group === RING_GROUP ? RING_YARDSTICK : YARDSTICK;
 }
 
-function row(load: Case, own: Measurement[], yardstick: Measurement[]): string[] {
-  const { of } = throughputOf(load);
+/** Rows of which the first is the head; the first column to the left, the others to the right. */
+function table(rows: readonly (readonly string[])[]): string {
+  const widths = rows[0]!.map((_, column) => Math.max(3, ...rows.map((it) => it[column]!.length)));
+  const line = (cells: readonly string[]) =>
+    `| ${
+      cells.map((cell, column) =>
+        column === 0 ? cell.padEnd(widths[0]!) : cell.padStart(widths[column]!)
+      ).join(" | ")
+    } |\n`;
+  const rule = widths.map((width, column) =>
+    column ? `${"-".repeat(width - 1)}:` : "-".repeat(width)
+  );
+  return [rows[0]!, rule, ...rows.slice(1)].map(line).join("");
+}
+
+/** Large requests are judged by bytes. Bare numbers only: their unit is in the head. */
+function throughputOf(own: readonly Measurement[]) {
+  const [first] = own;
+  if (first!.group === RING_GROUP) {
+    return { unit: "per CPU second", of: (it: Measurement) => it.iops };
+  }
+  const isLarge = first!.bytesPerSecond / first!.iops > 65536;
+  return isLarge
+    ? { unit: "MiB/s", of: (it: Measurement) => it.bytesPerSecond / 1024 ** 2 }
+    : { unit: "IOPS", of: (it: Measurement) => it.iops };
+}
+
+/** The median, to so many digits that a difference shows. */
+function middle(values: readonly (number | null)[], digits: number): string {
+  const known = values.filter((it) => it !== null);
+  return known.length > 0 ? median(known).toFixed(digits) : "";
+}
+
+function row(own: Measurement[], yardstick: Measurement[]): string[] {
+  const { of } = throughputOf(own);
   const values = own.map(of);
-  const cpu = own.flatMap(({ serverCpuUs }) => serverCpuUs === null ? [] : [serverCpuUs]);
+  const found = ratio(own, yardstick, (it) => it.iops);
+  const isRing = own[0]!.group === RING_GROUP;
   return [
     own[0]!.name,
-    median(values).toFixed(0),
-    `${Math.min(...values).toFixed(0)}..${Math.max(...values).toFixed(0)}`,
-    ...ratiosTo(yardstick, own),
-    cpu.length > 0 ? median(cpu).toFixed(1) : "-",
-    median(own.map((it) => it.latencyP50Us)).toFixed(0),
-    median(own.map((it) => it.latencyP99Us)).toFixed(0),
+    middle(values, 0),
+    `${Math.min(...values).toFixed(0)} to ${Math.max(...values).toFixed(0)}`,
+    found ? found.median.toFixed(2) : "",
+    found ? `${found.min.toFixed(2)} to ${found.max.toFixed(2)}` : "",
+    middle(own.map((it) => it.serverCpuUs), isRing ? 3 : 1),
+    middle(own.map((it) => it.latencyP50Us), 0),
+    middle(own.map((it) => it.latencyP99Us), 0),
   ];
 }
 
-/** Lines with columns aligned: the first to the left, the others to the right. */
-function align(rows: string[][]): string {
-  const widths = rows[0]!.map((_, column) => Math.max(...rows.map((it) => it[column]!.length)));
-  return rows.map((cells) =>
-    cells.map((cell, column) =>
-      column === 0 ? cell.padEnd(widths[0]!) : cell.padStart(widths[column]!)
-    ).join("  ")
-  ).join("\n");
-}
-
-function table(load: Case, group: Group, measurements: Measurement[]): string {
-  const here = measurements.filter((it) => it.case === load.name && it.group === group);
-  if (here.length === 0) return "";
-  const names = [...new Set(here.map(({ name }) => name))].sort();
+function caseTable(measurements: Measurement[], group: string, load: string): string {
+  const here = pick(measurements, group, load);
   const of = (name: string) => here.filter((it) => it.name === name);
-  const header = [
-    `${group}: ${load.name}`,
-    ...[
-      throughputOf(load).unit,
-      "min..max",
-      `vs ${YARDSTICK}`,
-      "min..max",
-      "CPU us/IO",
-      "p50 us",
-      "p99 us",
-    ],
+  const yardstick = yardstickOf(group);
+  const head = [
+    "",
+    throughputOf(here).unit,
+    "range",
+    `/ ${yardstick}`,
+    "range",
+    "CPU µs per I/O",
+    "p50 µs",
+    "p99 µs",
   ];
-  return `${align([header, ...names.map((it) => row(load, of(it), of(YARDSTICK)))])}\n\n`;
+  const rows = distinct(here.map(({ name }) => name)).map((it) => row(of(it), of(yardstick)));
+  // Columns that hold nothing here go.
+  const used = head.map((_, column) => rows.some((it) => it[column] !== ""));
+  const keep = (cells: string[]) => cells.filter((_, column) => used[column]);
+  return `### ${group}: ${load}\n\n${table([head, ...rows].map(keep))}\n`;
 }
 
-/** Everything that was measured, as text. */
-export function formatReport(report: Report, cases: readonly Case[], command: string): string {
-  const facts = { command, ...report.versions };
-  const width = Math.max(...Object.keys(facts).map((it) => it.length));
-  const head = Object.entries(facts).map(([name, value]) => `${name.padEnd(width)}  ${value}\n`);
-  const groups: Group[] = ["null", "loop"];
-  const tables = groups.flatMap((group) =>
-    cases.map((load) => table(load, group, report.measurements))
-  );
-  const failures = report.failures.map((it) =>
-    `FAILED ${it.group}: ${it.name}${it.case ? `, ${it.case}` : ""}: ${it.message}\n`
-  );
-  return `${head.join("")}\n${tables.join("")}${failures.join("")}`;
+function verdictTable(report: Report): string {
+  const rows = verdicts(report).map((
+    it,
+  ) => [it.what, it.measured, it.target, it.met ? "yes" : "no"]);
+  return rows.length > 0
+    ? `## Targets\n\n${table([["", "measured", "target", "met"], ...rows])}\n`
+    : "";
+}
+
+function idleTable({ idle }: Report): string {
+  const rows = idle.map((it) => [
+    it.name,
+    `${it.devices}`,
+    it.pssMiB.toFixed(1),
+    it.rssMiB.toFixed(1),
+    (it.cpuMsPerSecond / it.devices / 10).toFixed(3),
+  ]);
+  if (rows.length === 0) return "";
+  const head = ["", "devices", "PSS of one, MiB", "RSS of one, MiB", "CPU of one, %"];
+  return `## Idle devices\n\n${table([head, ...rows])}\n`;
+}
+
+function startTable({ starts }: Report): string {
+  if (starts.length === 0) return "";
+  const steps = distinct(starts.flatMap((it) => Object.keys(it.steps)));
+  const rows = distinct(starts.map(({ name }) => name)).sort().map((name) => [
+    name,
+    ...steps.map((step) =>
+      middle(starts.filter((it) => it.name === name).map((it) => it.steps[step] ?? null), 0)
+    ),
+  ]);
+  const head = ["", ...steps.map((it) => `${it}, ms`)];
+  return `## Start\n\n${table([head, ...rows])}\n`;
+}
+
+/** Everything that was measured, as Markdown. */
+export function formatReport(report: Report, plan: Plan, command: string): string {
+  const facts = {
+    "command": `\`${command}\``,
+    ...report.versions,
+    "repeats": `${plan.repeats} of ${plan.seconds} s each`,
+  };
+  const head = Object.entries(facts).map(([name, value]) => `- ${name}: ${value}\n`).join("");
+  const groups = distinct(report.measurements.map(({ group }) => group));
+  const cases = groups.flatMap((group) => {
+    const loads = report.measurements.filter((it) => it.group === group).map((it) => it.case);
+    return distinct(loads).map((load) => caseTable(report.measurements, group, load));
+  });
+  const list = (title: string, items: Report["failures"]) =>
+    items.length === 0
+      ? ""
+      : `## ${title}\n\n${
+        items.map((it) =>
+          `- ${it.group}: ${it.name}${it.case ? `, ${it.case}` : ""}: \`${
+            it.message.replaceAll(/\s+/g, " ").replaceAll("`", "'")
+          }\`\n`
+        ).join("")
+      }\n`;
+  return [
+    `${head}\n`,
+    list("Failures", report.failures),
+    list("Absent", report.absent),
+    verdictTable(report),
+    startTable(report),
+    idleTable(report),
+    cases.length > 0 ? "## Throughput and latency\n\n" : "",
+    ...cases,
+  ].join("").trimEnd() + "\n";
 }

@@ -19,7 +19,7 @@ function bun(...args: string[]): void {
 }
 
 /** A root tool must not run code or take settings from the directory it is started in. */
-const EXECUTABLE = [
+export const EXECUTABLE = [
   ...["--compile", "--minify", "--bytecode", "--format=esm"],
   ...["--no-compile-autoload-dotenv", "--no-compile-autoload-bunfig"],
 ];

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The queue loop of core/queue.ts and shim/ring.zig in C over liburing, as the yardstick of
+ * bench/ring.ts: no driver, FETCH and COMMIT are NOPs. What the kernel is asked is the same: ring
+ * flags and sizes, a registered ring, one enter for each batch, the wake-up read pending beside it.
+ *
+ *   loop DEPTH    reads seconds from stdin, serves as long, prints requests, seconds, CPU seconds
+ */
+#include <errno.h>
+#include <liburing.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <time.h>
+
+#define CHUNK 10000
+#define READ 0
+#define WRITE 1
+#define WAKE 0xffff
+
+struct io_desc {
+    __u32 op_flags, nr_sectors;
+    __u64 start_sector, addr;
+};
+
+enum state { FREE, FETCHED, SERVING };
+
+struct tag {
+    enum state state;
+    __u32 op_flags, nr_sectors;
+    __u64 start_sector;
+};
+
+static struct io_uring ring;
+static volatile struct io_desc *descs;
+static struct tag *tags;
+static struct { __u64 requests, bytes, errors; } stats[32];
+
+static void die(const char *what, int error) {
+    fprintf(stderr, "loop: %s: %s\n", what, strerror(error));
+    exit(1);
+}
+
+static double seconds_of(clockid_t clock) {
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return now.tv_sec + now.tv_nsec * 1e-9;
+}
+
+static double until, since, cpu_since;
+static long served;
+static int left = CHUNK;
+
+/* Called for every CHUNKth request: has the time passed, reports and waits for the next order. */
+static void look_at_the_clock(void) {
+    double now = seconds_of(CLOCK_MONOTONIC), seconds;
+    left = CHUNK;
+    served += CHUNK;
+    if (now < until) return;
+    if (until > 0) {
+        printf("%ld %.9f %.9f\n", served, now - since,
+               seconds_of(CLOCK_PROCESS_CPUTIME_ID) - cpu_since);
+        fflush(stdout);
+    }
+    if (scanf("%lf", &seconds) != 1) exit(0);
+    served = 0;
+    cpu_since = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
+    since = seconds_of(CLOCK_MONOTONIC);
+    until = since + seconds;
+}
+
+static void command(unsigned tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring);
+    if (!sqe) die("a full ring", EBUSY);
+    io_uring_prep_nop(sqe);
+    io_uring_sqe_set_data64(sqe, tag);
+}
+
+static void commit(unsigned tag, int result) {
+    struct tag *it = &tags[tag];
+    unsigned op = it->op_flags & 0xff;
+    if (it->state != SERVING) die("a commit without a request", EINVAL);
+    it->state = FETCHED;
+    if ((op == READ || op == WRITE) && (result == 0 || (__u32)result > it->nr_sectors << 9))
+        result = -EIO;
+    if (result == -EAGAIN) result = -EIO;
+    stats[op & 31].requests++;
+    if (result >= 0) stats[op & 31].bytes += result;
+    else stats[op & 31].errors++;
+    command(tag);
+}
+
+static void handle(unsigned tag) {
+    unsigned op = tags[tag].op_flags & 0xff;
+    if (--left == 0) look_at_the_clock();
+    commit(tag, op == READ || op == WRITE ? (int)(tags[tag].nr_sectors << 9) : 0);
+}
+
+static unsigned power_of_two(unsigned value) {
+    unsigned power = 1;
+    while (power < value) power *= 2;
+    return power;
+}
+
+static void set_up(unsigned depth) {
+    const unsigned variants[] = {
+        IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+        IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+        0,
+    };
+    int result = -EINVAL;
+    for (unsigned i = 0; i < 3 && result == -EINVAL; i++) {
+        struct io_uring_params params = {
+            .flags = variants[i] | IORING_SETUP_CQSIZE,
+            .cq_entries = 2 * power_of_two(depth + 1),
+        };
+        result = io_uring_queue_init_params(power_of_two(depth + 1), &ring, &params);
+    }
+    if (result < 0) die("cannot set up a ring", -result);
+    io_uring_register_ring_fd(&ring);
+    descs = mmap(NULL, depth * sizeof(*descs), PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    tags = calloc(depth, sizeof(*tags));
+    if (descs == MAP_FAILED || !tags) die("cannot map memory", ENOMEM);
+}
+
+int main(int argc, char **argv) {
+    unsigned depth = argc > 1 ? atoi(argv[1]) : 0;
+    if (depth < 1 || depth > 4096) die("usage: loop DEPTH", EINVAL);
+    set_up(depth);
+    int wake = eventfd(0, EFD_CLOEXEC);
+    static __u64 wake_count;
+    for (unsigned tag = 0; tag < depth; tag++) {
+        descs[tag].op_flags = READ;
+        descs[tag].nr_sectors = 8;
+        descs[tag].start_sector = 8 * tag;
+        tags[tag].state = FETCHED;
+        command(tag);
+    }
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring);
+    io_uring_prep_read(sqe, wake, &wake_count, sizeof(wake_count), 0);
+    io_uring_sqe_set_data64(sqe, WAKE);
+    look_at_the_clock();
+    for (;;) {
+        int result = io_uring_submit_and_wait(&ring, 1);
+        if (result < 0 && result != -EINTR) die("cannot enter the ring", -result);
+        struct io_uring_cqe *cqe;
+        unsigned head, count = 0;
+        io_uring_for_each_cqe(&ring, head, cqe) {
+            unsigned tag = cqe->user_data;
+            count++;
+            if (tag == WAKE) continue;
+            struct tag *it = &tags[tag];
+            if (it->state != FETCHED || cqe->res != 0) die("a request out of turn", EINVAL);
+            it->state = SERVING;
+            it->op_flags = descs[tag].op_flags;
+            it->nr_sectors = descs[tag].nr_sectors;
+            it->start_sector = descs[tag].start_sector;
+            handle(tag);
+        }
+        io_uring_cq_advance(&ring, count);
+    }
+}
