@@ -122,12 +122,12 @@ async function ensureBuilt(): Promise<void> {
 function guestTimeoutS(plan: Plan): number {
   const measurements = plan.groups.reduce((sum, { cases }) => sum + cases.length, 0) *
     plan.repeats * CONTENDERS_MAX;
-  const devices = plan.idleDevices.reduce((sum, it) => sum + it, 0) * 4;
+  const devices = plan.idleDevices.reduce((sum, it) => sum + it, 3);
   const programs = measurements + 2 * devices + 8 * (plan.starts + 1) +
     plan.groups.length * CONTENDERS_MAX;
   return 120 + programs * PROGRAM_S + measurements * (plan.seconds + plan.rampSeconds) +
     plan.groups.length * CONTENDERS_MAX * plan.warmUpSeconds +
-    4 * plan.idleDevices.length * plan.idleSeconds;
+    (plan.idleDevices.length + 3) * plan.idleSeconds;
 }
 
 async function measureInGuest(plan: Plan, directory: string): Promise<Report> {

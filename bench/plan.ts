@@ -82,7 +82,7 @@ export interface Plan {
   warmUpSeconds: number;
   /** Size of the file behind each loop device. */
   fileMiB: number;
-  /** Numbers of devices that exist at once and are left alone. */
+  /** Numbers of ubd's devices that exist at once and are left alone; of the others', one. */
   idleDevices: readonly number[];
   idleSeconds: number;
   /** How often each start is timed. */
@@ -99,8 +99,8 @@ const DEFAULT: Plan = {
     { name: "loop", target: "loop", queues: 1, cases: CASES },
   ],
   repeats: 3,
-  seconds: 2,
-  rampSeconds: 0.5,
+  seconds: 1,
+  rampSeconds: 0.3,
   warmUpSeconds: 8,
   fileMiB: 512,
   idleDevices: [1, 16],
@@ -114,6 +114,7 @@ export const PRESETS = {
   /** Shows that all of it runs: part of `npm test`. */
   quick: {
     ...DEFAULT,
+    ringDepths: [64],
     groups: [
       {
         name: "null",
@@ -136,7 +137,7 @@ export const PRESETS = {
     warmUpSeconds: 0,
     fileMiB: 64,
     idleDevices: [1],
-    idleSeconds: 2,
+    idleSeconds: 1,
     starts: 1,
     programs: ["kublk"],
   },

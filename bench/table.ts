@@ -114,7 +114,9 @@ function idleTable({ idle }: Report): string {
 
 function startTable({ starts }: Report): string {
   if (starts.length === 0) return "";
-  const steps = distinct(starts.flatMap((it) => Object.keys(it.steps)));
+  // Who has most steps has them in their order.
+  const kinds = starts.map((it) => Object.keys(it.steps)).sort((a, b) => b.length - a.length);
+  const steps = distinct(kinds.flat());
   const rows = distinct(starts.map(({ name }) => name)).sort().map((name) => [
     name,
     ...steps.map((step) =>

@@ -139,12 +139,12 @@ export function verdicts(report: Report): Verdict[] {
   for (const { name, devices, cpuMsPerSecond, pssMiB } of report.idle) {
     if (name !== "ubd") continue;
     all.push({
-      what: `idle, ${devices} devices: memory of one (PSS)`,
+      what: `idle devices: ${devices}, memory of one (PSS)`,
       measured: `${pssMiB.toFixed(1)} MiB`,
       target: `at most ${PSS_MAX_MIB} MiB`,
       met: pssMiB <= PSS_MAX_MIB,
     }, {
-      what: `idle, ${devices} devices: processor time of one`,
+      what: `idle devices: ${devices}, processor time of one`,
       measured: `${(cpuMsPerSecond / devices / 10).toFixed(3)} %`,
       target: "0.0 %",
       met: cpuMsPerSecond / devices / 10 < 0.05,
