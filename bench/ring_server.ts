@@ -61,7 +61,12 @@ function serve(depth: number): void {
     descriptorOffset: 0,
     descriptorBytes: Math.ceil(depth * DESCRIPTOR_BYTES / 4096) * 4096,
   });
-  const { handle } = nullTarget.serve(null, { depth, ioBytesMax: 512 * 1024, log: console.error });
+  const { handle } = nullTarget.serve(null, {
+    depth,
+    ioBytesMax: 512 * 1024,
+    deviceBytes: () => undefined,
+    log: console.error,
+  });
 
   let left = CHUNK;
   let served = 0;
