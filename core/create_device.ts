@@ -83,7 +83,7 @@ export async function createDevice(
       log,
       targetName: "here",
       queueThreadEntry: "",
-      target: openHere(await openDefinition(definition, values, undefined), control.shim, log),
+      target: openHere(await openDefinition(definition, values, undefined, log), control.shim, log),
     });
   } catch (error) {
     control[Symbol.dispose]();

@@ -127,8 +127,16 @@ export interface TargetDefinition<
    * one queue.
    */
   share?(options: OptionValues<Specs>): Shared | Promise<Shared>;
-  /** Called in the thread that serves. An error thrown here keeps the device from being made. */
-  open(options: OptionValues<Specs>, shared: Shared): BlockDevice | Promise<BlockDevice>;
+  /**
+   * Called in the thread that serves. An error thrown here keeps the device from being made.
+   *
+   * @param log tells the operator what no request fails by: in the kernel's log, of `ubd add`.
+   */
+  open(
+    options: OptionValues<Specs>,
+    shared: Shared,
+    log: (text: string) => void,
+  ): BlockDevice | Promise<BlockDevice>;
 }
 
 /** Found on definitions also of another copy of this library. */
@@ -267,10 +275,11 @@ export async function openDefinition(
   definition: TargetDefinition,
   options: Record<string, unknown>,
   shared: unknown,
+  log: (text: string) => void,
 ): Promise<ServedTarget> {
   const values = options as OptionValues<OptionSpecs>;
   shared ??= await definition.share?.(values);
-  const device = await definition.open(values, shared);
+  const device = await definition.open(values, shared, log);
   checkDevice(device);
   const { size, blockSize = 512 } = device;
   const readOnly = !device.write;

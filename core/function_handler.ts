@@ -27,6 +27,7 @@ import type {
   WriteRequest,
   ZeroRequest,
 } from "./define_target.ts";
+import { UblkError } from "./error.ts";
 import { type Queue, SECTOR_BYTES } from "./queue.ts";
 import type { RequestHandler, ServeContext } from "./target.ts";
 
@@ -266,7 +267,10 @@ export class FunctionHandler implements RequestHandler {
 
   #fail(queue: Queue, tag: number, error: unknown): void {
     const errno = errnoOf(error);
-    if (errno === undefined) this.#log(`${OP_NAMES.get(queue.op(tag))} fails: ${describe(error)}`);
+    if (error instanceof UblkError) this.#log(error.message);
+    else if (errno === undefined) {
+      this.#log(`${OP_NAMES.get(queue.op(tag))} fails: ${describe(error)}`);
+    }
     queue.commit(tag, -(errno ?? ERRNO.EIO));
   }
 }
@@ -278,7 +282,7 @@ function isPromise(answer: Answer): answer is Promise<void | number> {
 /** What was thrown may be anything; nothing of it may throw again. */
 function errnoOf(error: unknown): number | undefined {
   try {
-    const { code } = error as { code?: unknown };
+    const code = error instanceof UblkError ? error.errno : (error as { code?: unknown }).code;
     return typeof code === "string" && Object.hasOwn(ERRNO, code)
       ? ERRNO[code as keyof typeof ERRNO]
       : undefined;

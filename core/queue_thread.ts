@@ -255,7 +255,7 @@ export const isQueueThread: boolean = !isMainThread &&
 
 /** Serves the queue this thread was made for, and returns when it is done. */
 export async function runQueueThread(
-  prepare: (target: TargetName) => ServedTarget | Promise<ServedTarget>,
+  prepare: (target: TargetName, log: Log) => ServedTarget | Promise<ServedTarget>,
 ): Promise<void> {
   const { shimPath, target, orders, stats } = workerData as WorkerData;
   const send = (message: Message) => parentPort!.postMessage(message);
@@ -264,7 +264,7 @@ export async function runQueueThread(
     const told = new Promise<Assignment | undefined>((resolve) =>
       parentPort!.once("message", resolve)
     );
-    const served = await prepare(target);
+    const served = await prepare(target, log);
     try {
       send({ type: "opened", description: served.description });
       const config = await told;

@@ -46,10 +46,12 @@ export function findTarget(name: string): TargetType<any, any> {
 /** What `runQueueThread` asks for. */
 export async function prepareTarget(
   { name, spec }: { name: string; spec: unknown },
+  log: (text: string) => void,
 ): Promise<ServedTarget> {
-  if (name === MODULE_TARGET) return await openModule(spec as ModuleSpec);
+  if (name === MODULE_TARGET) return await openModule(spec as ModuleSpec, log);
   if (!isDefined(name)) return { handler: (context) => findTarget(name).serve(spec, context) };
   const { options, directory, shared } = spec as ModuleSpec;
   const definition = toDefinition(DEFINED[name], name);
-  return await openDefinition(definition, parseOptions(definition, options, directory), shared);
+  const values = parseOptions(definition, options, directory);
+  return await openDefinition(definition, values, shared, log);
 }

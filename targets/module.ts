@@ -41,11 +41,14 @@ export async function loadModule(file: string): Promise<TargetDefinition> {
 }
 
 /** Opens a module's target in the thread that serves it. */
-export async function openModule(spec: ModuleSpec): Promise<ServedTarget> {
+export async function openModule(
+  spec: ModuleSpec,
+  log: (text: string) => void,
+): Promise<ServedTarget> {
   const definition = await loadModule(spec.file);
   const options = parseOptions(definition, spec.options, spec.directory);
   try {
-    return await openDefinition(definition, options, spec.shared);
+    return await openDefinition(definition, options, spec.shared, log);
   } catch (error) {
     if (error instanceof UblkError || (error as Error)?.name === "UsageError") throw error;
     throw new UsageError(`Cannot open ${spec.file}: ${(error as Error)?.stack ?? error}`);
