@@ -39,7 +39,7 @@ const USAGE_CASES: [string, RegExp][] = [
 const MORE_USAGE_CASES: [string, RegExp][] = [
   ["ubd frobnicate", /unknown command 'frobnicate'/],
   ["ubd add", /Which target\? ubd add null/],
-  ["ubd add nill", /Unknown target "nill": there are null and loop/],
+  ["ubd add nill", /Unknown target "nill": there are null, loop, /],
   ["ubd add loop", /Which file\? ubd add loop FILE/],
   ["ubd add null $D/small", /for loop/],
   ["ubd add null -d 4097", /Queue depth 4097: it must be from 1 to 4096/],
