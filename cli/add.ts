@@ -11,7 +11,7 @@ import { SECTOR_BYTES } from "../core/queue.ts";
 import { ZERO_COPY_WISHES, type ZeroCopyWish } from "../core/zero_copy.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
-import { isModule, MODULE_TARGET } from "../targets/module.ts";
+import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
 import { describeDevice, dumpDevice } from "./describe.ts";
 import { type Live, type RecoveryMode, serve, type ServerSpec, startServer } from "./server.ts";
@@ -107,6 +107,7 @@ export function defineAdd(program: Command): void {
       "Makes a block device and serves it in the background until it is deleted.\n\n" +
         "  ubd add null              a device that keeps nothing\n" +
         "  ubd add loop disk.img     a file, or a block device, as a device\n" +
+        "  ubd add https://HOST/disk.img  an image on a web server, read-only\n" +
         "  ubd add ./my_target.ts    a target of your own; with --help: its options\n\n" +
         "Prints the device on standard output once it is LIVE.",
     )
@@ -190,7 +191,11 @@ export function defineDeviceOptions(command: Command): Command {
     .addOption(option("--buffered", "loop: through the page cache, not direct I/O", TARGET))
     .addOption(option("--force", "loop: though the file is locked or in use", TARGET))
     .addOption(
-      option("--opt <name=value>", "an option of a target of your own; may be repeated", TARGET)
+      option(
+        "--opt <name=value>",
+        "an option of http or a target of your own; may be repeated",
+        TARGET,
+      )
         .argParser(collectOption),
     )
     .addOption(new Option("--buffered_io").hideHelp())
@@ -208,8 +213,9 @@ export function defineDeviceOptions(command: Command): Command {
 
 /** The options of the target that a command line names; empty when it names none of its kind. */
 export async function targetHelp(args: readonly string[]): Promise<string> {
-  const name = args.find((arg) => isModule(arg) || isDefined(arg));
-  if (name === undefined) return "";
+  const named = args.find((arg) => isModule(arg) || isDefined(arg) || isUrl(arg));
+  if (named === undefined) return "";
+  const name = isUrl(named) ? "http" : named;
   const definition = isModule(name)
     ? await findDefinition(MODULE_TARGET, resolve(name))
     : await findDefinition(name, "");
@@ -245,7 +251,9 @@ export function toSpec(
   if (options.type !== undefined && target !== undefined) {
     throw new UsageError(`Name the target once: "${target}", or -t ${options.type}`);
   }
-  const name = options.type ?? target;
+  const named = options.type ?? target;
+  const isHttp = named !== undefined && isUrl(named);
+  const name = isHttp ? "http" : named;
   if (name === undefined) {
     throw new UsageError(`Which target? ubd add ${TARGET_NAMES.join(" ... or ubd add ")} ...`);
   }
@@ -292,7 +300,8 @@ export function toSpec(
       );
     }
     const file = isModule(name) ? { file: resolve(name) } : {};
-    const own = { ...file, options: options.opt ?? {}, directory: process.cwd() };
+    const opt = isHttp ? collectOption(`url=${named}`, options.opt) : options.opt;
+    const own = { ...file, options: opt ?? {}, directory: process.cwd() };
     const target = { name: isModule(name) ? MODULE_TARGET : name, options: own };
     return { device, ...lasting, target };
   }

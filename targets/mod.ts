@@ -9,6 +9,7 @@ import { openDefinition, parseOptions, type Target, toDefinition } from "../core
 import type { TargetDefinition } from "../core/define_target.ts";
 import { UsageError } from "../core/error.ts";
 import type { ServedTarget, TargetType } from "../core/target.ts";
+import { httpTarget } from "./http.ts";
 import { loopTarget } from "./loop.ts";
 import { loadModule, MODULE_TARGET, type ModuleSpec, openModule } from "./module.ts";
 import { nullTarget } from "./null.ts";
@@ -16,7 +17,7 @@ import { nullTarget } from "./null.ts";
 // deno-lint-ignore no-explicit-any
 const TARGETS: readonly TargetType<any, any>[] = [nullTarget, loopTarget];
 
-const DEFINED: Readonly<Record<string, Target>> = {};
+const DEFINED: Readonly<Record<string, Target>> = { http: httpTarget };
 
 export const TARGET_NAMES: readonly string[] = [
   ...TARGETS.map(({ name }) => name),

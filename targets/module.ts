@@ -23,9 +23,14 @@ export interface ModuleSpec {
   shared?: unknown;
 }
 
+/** Whether a target's name is a URL, for `http`. */
+export function isUrl(name: string): boolean {
+  return /^https?:/i.test(name);
+}
+
 /** Whether a target's name is a module's path: `./x.ts`, `/x/y`, `x.js`. */
 export function isModule(name: string): boolean {
-  return name.includes("/") || /\.[cm]?[jt]sx?$/.test(name);
+  return name.includes("/") && !isUrl(name) || /\.[cm]?[jt]sx?$/.test(name);
 }
 
 /** @throws {UsageError} the module cannot be loaded, or exports no target. */

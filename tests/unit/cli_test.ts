@@ -144,13 +144,22 @@ test("ubd add --unprivileged excludes recovery", TIMEOUT, () => {
 });
 
 test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT, () => {
-  mistake(["add"], "Which target? ubd add null ... or ubd add loop ...");
-  mistake(["add", "nbd"], 'Unknown target "nbd": there are null, loop, or a module such as ./x.ts');
+  mistake(["add"], /^ubd: Which target\? ubd add null \.\.\. or ubd add loop \.\.\. or /);
+  mistake(
+    ["add", "nbd"],
+    /Unknown target "nbd": there are null, loop, .*, or a module such as .\/x.ts/,
+  );
   mistake(["add", "loop"], "Which file? ubd add loop FILE");
   mistake(["add", "null", "--opt", "a=1"], "Target null takes no --opt");
   mistake(["add", "./x.ts", "--opt", "a"], "--opt a: say --opt NAME=VALUE");
   mistake(["add", "./x.ts", "--opt", "a=1", "--opt", "a=2"], "--opt a: it is given twice");
   mistake(["add", "./x.ts", "--size", "1M"], /^ubd: Target .\/x.ts takes its own options only/);
+  mistake(["add", "https://h/x", "--opt", "url=https://h/y"], "--opt url: it is given twice");
+  mistake(["add", "HTTPS://h/x.ts", "--ro"], /Target http takes its own options only/);
+  assert.match(
+    ubd("add", "https://h/x", "--help").stdout,
+    /Options of http:\n {2}--opt url=STRING/,
+  );
   mistake(["add", "./no.ts", "--help"], /^ubd: Cannot load .*no.ts: /);
   mistake(["add", "null", "-t", "null"], 'Name the target once: "null", or -t null');
   mistake(["add", "loop", "/a", "-f", "/b"], 'Name the file once: "/a", or -f /b');
@@ -219,6 +228,8 @@ test(
         ["add", "null"],
         ["add", "null", "--foreground"],
         ["run", "null", "--", "true"],
+        ["add", "https://127.0.0.1/disk.img", "--opt", "timeout=60"],
+        ["add", "http", "--opt", "url=https://127.0.0.1/disk.img"],
       ]
     ) {
       assert.deepStrictEqual(
