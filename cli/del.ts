@@ -3,6 +3,7 @@
 
 import { existsSync } from "node:fs";
 import process from "node:process";
+import { clearTimeout, setTimeout } from "node:timers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Command, Option } from "commander";
 import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
@@ -13,6 +14,7 @@ import { readState, removeState } from "../core/state.ts";
 import { deviceUsers } from "../core/users.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
+import { STOPPING_SIGNAL } from "./server.ts";
 import { parseDeviceId, parseInteger } from "./size.ts";
 
 /** The server has let go when DEL_DEV ends; its process needs a moment more. */
@@ -23,6 +25,9 @@ const FORCE_PATIENCE_MS = 5000;
 
 /** udev opens every device that changes, for a moment: TRY_STOP_DEV is tried again so long. */
 const TRY_STOP_PATIENCE_MS = 2000;
+
+/** How long a server may take for the requests in flight before it is told that it stops. */
+const STOP_PATIENCE_MS = 1000;
 
 interface DelOptions {
   number?: number;
@@ -104,11 +109,11 @@ export async function deleteDevice(
   if (!force) await refuseUsed(control, id);
   const statePid = readState(id)?.pid;
   const canTry = ((control.features ?? 0n) & UBLK_F_SAFE_STOP_DEV) !== 0n;
-  if (ifUnused && canTry && state !== UBLK_S_DEV_DEAD) await stopUnused(control, id);
+  const tried = ifUnused && canTry && state !== UBLK_S_DEV_DEAD;
+  if (tried) await stopUnused(control, id);
+  using _ = hurrying(id, pid, force);
   // DEL_DEV stops too: one that the kernel refuses, because it is lazy, must not have stopped.
-  else if (!lazy) {
-    await (force && pid === statePid ? stopOrKill(control, id, pid) : control.stopDevice(id));
-  }
+  if (!tried && !lazy) await control.stopDevice(id);
   checkpoint("stopped");
   if (lazy) await control.deleteDeviceLater(id);
   else await (force ? deleteHeld(control, id) : control.deleteDevice(id));
@@ -133,14 +138,20 @@ async function stopUnused(control: Control, id: number): Promise<void> {
   }
 }
 
-/** STOP_DEV waits for requests that a handler never answers: its server is one of ours. */
-async function stopOrKill(control: Control, id: number, pid: number): Promise<void> {
-  const timer = setTimeout(() => {
+/**
+ * The driver waits for requests being served, and these may wait for something far away, or for
+ * ever. A server of ours is told, and by --force killed, when that takes long.
+ */
+function hurrying(id: number, pid: number, force: boolean): Disposable {
+  const send = (signal: NodeJS.Signals) => {
+    if (pid <= 0 || readState(id)?.pid !== pid) return;
     try {
-      process.kill(pid, "SIGKILL");
-    } catch { /* it has ended */ }
-  }, FORCE_PATIENCE_MS);
-  await control.stopDevice(id).finally(() => clearTimeout(timer));
+      process.kill(pid, signal);
+    } catch { /* it has just ended */ }
+  };
+  const timers = [setTimeout(send, STOP_PATIENCE_MS, STOPPING_SIGNAL)];
+  if (force) timers.push(setTimeout(send, FORCE_PATIENCE_MS, "SIGKILL"));
+  return { [Symbol.dispose]: () => timers.forEach((timer) => clearTimeout(timer)) };
 }
 
 /** DEL_DEV would wait for whoever still has the device open; the kernel can do that by itself. */

@@ -90,6 +90,9 @@ const LOCK_PATIENCE_MS = 10_000;
 /** How often a server without a leash looks whether its device is still used. */
 const USERS_PAUSE_MS = 500;
 
+/** Tells a server that another process is stopping its device. */
+export const STOPPING_SIGNAL = "SIGUSR2";
+
 /** The hidden verb that makes a process a server. */
 export const SERVE_VERB = "__serve";
 const LEASHED = "--leashed";
@@ -170,6 +173,7 @@ export async function serve(
       },
     });
   const { id } = device.info;
+  process.on(STOPPING_SIGNAL, () => device.stopping());
   const notes = [...target.notes, ...device.notes];
   if (device.info.queues < options.queues) {
     notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);

@@ -278,9 +278,14 @@ export class Device {
     });
   }
 
+  /** Tells the target that somebody stops the device: requests that wait for something end. */
+  stopping(): void {
+    for (const thread of this.#threads) thread.stopping();
+  }
+
   /** Stops, drains and deletes. I/O in flight is answered first. Idempotent on the driver's side. */
   async stop(): Promise<void> {
-    for (const thread of this.#threads) thread.stopping();
+    this.stopping();
     await ignoring(["ENODEV"], this.#control.stopDevice(this.info.id));
     await this.ended;
     this.letGo();
