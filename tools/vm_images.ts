@@ -78,7 +78,7 @@ const INITRD_MODULES = ["virtio_blk", "ext4", "9p", "9pnet_virtio"];
 /** In the root file system besides Debian's essential packages. */
 const ROOT_PACKAGES = [
   ...["udev", "kmod", "mount", "util-linux", "fdisk", "gdisk", "procps", "psmisc", "lsof"],
-  ...["iproute2", "strace", "fio", "e2fsprogs", "xfsprogs", "dosfstools"],
+  ...["iproute2", "strace", "fio", "e2fsprogs", "xfsprogs", "dosfstools", "nginx"],
 ];
 
 /** The cache key of images: what they are built from, and the way, which this file is. */
