@@ -319,7 +319,9 @@ function whyRefused(
 /** Bun and Deno each have their own words for it. */
 function whyNoAnswer(error: unknown): { errno: string; hint: string } {
   const { code, message, name, cause } = error as Error & { code?: unknown };
-  const text = [code, message, (cause as Error | undefined)?.message].filter(Boolean).join(" ");
+  const text = [code, message, (cause as Error | undefined)?.message].filter(Boolean).join(": ");
+  // Not all of it: there may be a URL with secrets in it, and port numbers that make it seem new.
+  const detail = typeof code === "string" ? code : text.split(": ").at(-1)!;
   if (name === "TimeoutError") {
     return { errno: "ETIMEDOUT", hint: `no answer in ${SILENCE_MS / 1000} s` };
   }
@@ -335,15 +337,15 @@ function whyNoAnswer(error: unknown): { errno: string; hint: string } {
   if (/cert/i.test(text)) {
     return {
       errno: "EPROTO",
-      hint: `the server's certificate is not trusted: ${
-        String((cause as Error)?.message ?? code)
-      }; for an authority of your own set NODE_EXTRA_CA_CERTS=FILE, under Deno DENO_CERT=FILE`,
+      hint:
+        `the server's certificate is not trusted, ${detail}: for an authority of your own set ` +
+        "NODE_EXTRA_CA_CERTS=FILE, under Deno DENO_CERT=FILE",
     };
   }
   if (/EPROTO|TLS|InvalidContentType/i.test(text)) {
     return { errno: "EPROTO", hint: "the server does not speak TLS there: is it http://?" };
   }
-  return { errno: "EIO", hint: `the connection failed: ${text}` };
+  return { errno: "EIO", hint: `the connection failed: ${detail}` };
 }
 
 function retryAfterMs({ headers }: Response): number {

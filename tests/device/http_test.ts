@@ -134,7 +134,7 @@ deviceTest("http: what cannot be served is an error of add", OPTIONS, async (sce
     [`${SITE}/whole/disk.img`, 1, /sends no ranges/],
     [`${SITE}/ever`, 1, /redirected for ever/],
     [`${SITE}/secret`, 5, /EACCES.*answered 403/],
-    ["http://127.0.0.1:9/x", 1, /ECONNREFUSED.*no server listens there/],
+    ["http://127.0.0.1:8094/x", 1, /ECONNREFUSED.*no server listens there/],
     ["http://", 2, /say https:\/\/HOST\/PATH/],
   ];
   for (const [url, code, text] of rows) {
