@@ -119,6 +119,7 @@ deviceTest("http: a replaced image is EIO, clearly, and never mixed", OPTIONS, a
   const said = scene.kernelLines().filter((line) => line.includes("ubd["));
   assert.equal(said.length, 1, said.join("\n"));
   assert.match(said[0]!, /Cannot read .*\/disk\.img: EIO.*the image was replaced.*add it again/);
+  assert.doesNotMatch(said[0]!, / \| /, "without a stack");
   await scene.sh("mv old.img www/disk.img; touch -d 2001-01-01 www/disk.img");
   const read = await scene.run(["dd", `if=${device.path}`, "of=/dev/null", "iflag=direct"]);
   assert.notEqual(read.code, 0, "also when the old one is back");

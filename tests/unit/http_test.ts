@@ -439,6 +439,12 @@ test("http reads ahead for who reads on, and only then", async () => {
   }
   assert.strictEqual(bytesAsked(), server.image.length, "each byte once");
   assert.ok(server.ranges.length < 16, `${server.ranges.length} GETs`);
+
+  server.ranges.length = 0;
+  await using early = await open(server.url(), { readahead: 8 * BLOCK });
+  for (let block = 0; block < 8; block++) await early.read(block * BLOCK, BLOCK);
+  for (let tries = 0; bytesAsked() <= 10 * BLOCK && tries < 400; tries++) await sleep(5);
+  assert.ok(bytesAsked() > 10 * BLOCK, "before what was read ahead is used up");
 });
 
 test("http: when the device stops, reads end", async () => {
