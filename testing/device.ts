@@ -60,7 +60,7 @@ export interface TestDevice extends AsyncDisposable {
     /** Without: zeroes are written, as the kernel does. */
     readonly writeZeroes: boolean;
   };
-  /** What the operator would be told, such as the stack of an error without a code. */
+  /** What the operator would be told: the stack of an error without a code, what `open` logs. */
   readonly log: readonly string[];
   /** Reads at most `ioBytesMax` bytes. */
   read(offset: number, length: number): Promise<Uint8Array<ArrayBuffer>>;
@@ -123,8 +123,9 @@ export async function openForTesting(
   const values = parseOptions(definition, options.options ?? {}, process.cwd());
   const driver = new PlayedDriver();
   const log: string[] = [];
-  const opened = await openServed(definition, values, queues);
-  const targets = opened.map((served) => openHere(served, driver, (text) => log.push(text)));
+  const tell = (text: string) => void log.push(text);
+  const opened = await openServed(definition, values, queues, tell);
+  const targets = opened.map((served) => openHere(served, driver, tell));
   const { limits } = targets[0]!;
 
   const threads = Array.from(
@@ -232,14 +233,15 @@ async function openServed(
   definition: TargetDefinition,
   values: Record<string, unknown>,
   queues: number,
+  log: (text: string) => void,
 ): Promise<ServedTarget[]> {
-  const first = await openDefinition(definition, values, undefined);
+  const first = await openDefinition(definition, values, undefined, log);
   const all = [first];
   if (!definition.share) return all;
   try {
     while (all.length < queues) {
       const shared = structuredClone(first.description!.shared);
-      all.push(await openDefinition(definition, values, shared));
+      all.push(await openDefinition(definition, values, shared, log));
     }
     return all;
   } catch (error) {

@@ -534,8 +534,9 @@ test("with share, each queue has an open of its own that gets what is shared", a
   const target = defineTarget({
     options: { bytes: { type: "size", default: SIZE } },
     share: ({ bytes }) => new SharedArrayBuffer(bytes),
-    open({ bytes }, shared) {
+    open({ bytes }, shared, log) {
       opened.push(shared);
+      log("opened");
       const disk = new Uint8Array(shared);
       return {
         size: bytes,
@@ -553,6 +554,7 @@ test("with share, each queue has an open of its own that gets what is shared", a
     await many(30, (n) => device.write(n * 512, new Uint8Array(512).fill(n)));
     const read = await many(30, async (n) => (await device.read(n * 512, 512))[511]);
     assert.deepEqual(read, Array.from({ length: 30 }, (_, n) => n));
+    assert.deepEqual(device.log, ["opened", "opened", "opened"]);
   }
   assert.deepEqual([opened.length, closed], [3, 3]);
 });
