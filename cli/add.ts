@@ -35,6 +35,8 @@ export interface AddOptions {
   /** The offset in sectors. */
   o?: number;
   force?: boolean;
+  /** What stripe puts on one file before it goes on with the next. */
+  chunk?: number;
   /** Of a target written with defineTarget, by name. */
   opt?: Record<string, string>;
   foreground?: boolean;
@@ -58,8 +60,39 @@ export interface AddOptions {
 const DEVICE = "Device:";
 const TARGET = "Target:";
 
-/** Options that only loop understands, by the name they have in AddOptions. */
-const LOOP_ONLY = ["file", "ro", "buffered", "buffered_io", "offset", "o", "force"];
+const FILES: readonly (keyof AddOptions)[] = [
+  "file",
+  "blockSize",
+  "ro",
+  "buffered",
+  "buffered_io",
+  "force",
+];
+
+/** The options about the target that each kind of target takes. */
+const TAKEN: Record<string, readonly (keyof AddOptions)[]> = {
+  null: ["size", "blockSize"],
+  loop: [...FILES, "size", "offset", "o"],
+  concat: FILES,
+  stripe: [...FILES, "chunk"],
+};
+
+/** Those that are written with defineTarget get these as options of their own. */
+const TAKEN_BY_DEFINED: readonly (keyof AddOptions)[] = ["opt", "file", "size", "blockSize"];
+
+/** @throws {UsageError} an option, or a file, that is for other targets. */
+function refuseOptionsOfOthers(name: string, defined: boolean, given: AddOptions): void {
+  const taken = defined ? TAKEN_BY_DEFINED : TAKEN[name]!;
+  const known = new Set([...Object.values(TAKEN).flat(), ...TAKEN_BY_DEFINED]);
+  for (const key of known) {
+    if (given[key] === undefined || taken.includes(key)) continue;
+    const flag = key.replace("blockSize", "block-size");
+    const what = key === "file" ? "file" : key.length === 1 ? `-${key}` : `--${flag}`;
+    const others = Object.keys(TAKEN).filter((other) => TAKEN[other]!.includes(key));
+    const whose = others.length > 0 ? `: that is for ${others.join(", ")}` : "";
+    throw new UsageError(`Target ${name} takes no ${what}${whose}`);
+  }
+}
 
 /** `--offset 2048` means sectors to `ublk` and bytes to `losetup`: a unit must say which. */
 function parseOffset(text: string): number {
@@ -108,11 +141,12 @@ export function defineAdd(program: Command): void {
         "  ubd add null              a device that keeps nothing\n" +
         "  ubd add loop disk.img     a file, or a block device, as a device\n" +
         "  ubd add https://HOST/disk.img  an image on a web server, read-only\n" +
+        "  ubd add concat a.img b.img  several of them, one behind the other\n" +
         "  ubd add ./my_target.ts    a target of your own; with --help: its options\n\n" +
         "Prints the device on standard output once it is LIVE.",
     )
     .argument("[target]", `${TARGET_NAMES.join(", ")} or a module such as ./x.ts`)
-    .argument("[file]", "loop: the file or block device")
+    .argument("[files...]", "the file or block device; concat, stripe: several")
     .action(add);
   defineDeviceOptions(command)
     .addOption(
@@ -167,7 +201,7 @@ export function defineDeviceOptions(command: Command): Command {
     )
     .addOption(option("-z", "the same as --zero-copy=on", DEVICE).conflicts("zeroCopy"))
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
-    .addOption(option("-f, --file <path>", "loop: the file or block device", TARGET))
+    .addOption(option("-f, --file <path>", "the same as naming one file", TARGET))
     .addOption(
       option(
         "--size <size>",
@@ -187,15 +221,15 @@ export function defineDeviceOptions(command: Command): Command {
       option("-o <sectors>", "loop: the same in sectors of 512 bytes", TARGET)
         .argParser(integer("Offset in sectors")).conflicts("offset"),
     )
-    .addOption(option("--ro", "loop: read-only; the file is never written", TARGET))
-    .addOption(option("--buffered", "loop: through the page cache, not direct I/O", TARGET))
-    .addOption(option("--force", "loop: though the file is locked or in use", TARGET))
+    .addOption(option("--ro", "files: read-only, they are never written", TARGET))
+    .addOption(option("--buffered", "files: through the page cache, not direct I/O", TARGET))
+    .addOption(option("--force", "files: though one is locked or in use", TARGET))
     .addOption(
-      option(
-        "--opt <name=value>",
-        "an option of http or a target of your own; may be repeated",
-        TARGET,
-      )
+      option("--chunk <size>", "stripe: on one file before the next; 64K", TARGET)
+        .argParser(size("Chunk")),
+    )
+    .addOption(
+      option("--opt <name=value>", "an option of the target's own; may be repeated", TARGET)
         .argParser(collectOption),
     )
     .addOption(new Option("--buffered_io").hideHelp())
@@ -225,10 +259,10 @@ export async function targetHelp(args: readonly string[]): Promise<string> {
 
 async function add(
   target: string | undefined,
-  file: string | undefined,
+  files: string[],
   options: AddOptions,
 ): Promise<void> {
-  const spec = toSpec(target, file, options);
+  const spec = toSpec(target, files, options);
   if (options.foreground) {
     const log = (text: string) => process.stderr.write(`ubd: ${text}\n`);
     let shown: Promise<void> | undefined;
@@ -245,7 +279,7 @@ async function add(
 
 export function toSpec(
   target: string | undefined,
-  file: string | undefined,
+  files: readonly string[],
   options: AddOptions,
 ): ServerSpec {
   if (options.type !== undefined && target !== undefined) {
@@ -259,9 +293,11 @@ export function toSpec(
   }
   const defined = isModule(name) || isDefined(name);
   if (!defined) findTarget(name);
-  if (file !== undefined && options.file !== undefined) {
-    throw new UsageError(`Name the file once: "${file}", or -f ${options.file}`);
+  if (files.length > 0 && options.file !== undefined) {
+    throw new UsageError(`Name the file once: "${files[0]}", or -f ${options.file}`);
   }
+  const paths = options.file === undefined ? files : [options.file];
+  refuseOptionsOfOthers(name, defined, { ...options, ...(paths[0] && { file: paths[0] }) });
   const device = {
     id: options.number,
     queues: options.queues,
@@ -284,57 +320,62 @@ export function toSpec(
     ...(options.unprivileged && { unprivileged: true }),
     ...(options.mlock && { lockMemory: true }),
   };
+  if (name === "memory" && lasting.recovery) {
+    throw new UsageError("--recovery: what memory holds is gone with its server");
+  }
   if (lasting.unprivileged && lasting.recovery) {
     throw new UsageError("--unprivileged: the driver gives such devices no recovery");
   }
+  const opt = isHttp ? collectOption(`url=${named}`, options.opt) : options.opt;
+  const own = { ...options, ...(opt && { opt }) };
+  return { device, ...lasting, target: toTarget(name, defined, paths, own) };
+}
+
+/** The target's part of the spec. The server's working directory is another one. */
+function toTarget(
+  name: string,
+  defined: boolean,
+  paths: readonly string[],
+  options: AddOptions,
+): ServerSpec["target"] {
+  const files = paths.map((path) => resolve(path));
+  const several = name === "concat" || name === "stripe";
+  if (!several && files.length > 1) throw new UsageError(`Target ${name} takes one file`);
+  if (defined) return toDefinedTarget(name, files[0], options);
   const common = {
     ...(options.size !== undefined && { sizeBytes: options.size }),
     ...(options.blockSize !== undefined && { blockBytes: options.blockSize }),
   };
-  const path = file ?? options.file;
-  if (defined) {
-    const given = LOOP_ONLY.find((key) => options[key as keyof AddOptions] !== undefined);
-    if (given !== undefined || path !== undefined || Object.keys(common).length > 0) {
-      throw new UsageError(
-        `Target ${name} takes its own options only: --opt NAME=VALUE; ubd add ${name} --help`,
-      );
-    }
-    const file = isModule(name) ? { file: resolve(name) } : {};
-    const opt = isHttp ? collectOption(`url=${named}`, options.opt) : options.opt;
-    const own = { ...file, options: opt ?? {}, directory: process.cwd() };
-    const target = { name: isModule(name) ? MODULE_TARGET : name, options: own };
-    return { device, ...lasting, target };
+  if (name === "null") return { name, options: common };
+  if (files.length === 0) throw new UsageError(`Which file? ubd add ${name} FILE`);
+  const access = {
+    ...common,
+    readOnly: options.ro ?? false,
+    buffered: (options.buffered || options.buffered_io) ?? false,
+    force: options.force ?? false,
+  };
+  if (several) {
+    const chunk = options.chunk !== undefined && { chunkBytes: options.chunk };
+    return { name, options: { ...access, files, ...chunk } };
   }
-  if (options.opt) throw new UsageError(`Target ${name} takes no --opt`);
-  if (name !== "loop") {
-    const given = LOOP_ONLY.find((key) => options[key as keyof AddOptions] !== undefined);
-    if (given !== undefined || path !== undefined) {
-      const what = given === undefined || given === "file"
-        ? "no file"
-        : `no ${given === "o" ? "-o" : `--${given}`}`;
-      throw new UsageError(`Target ${name} takes ${what}: that is for loop`);
-    }
-    return { device, ...lasting, target: { name, options: common } };
-  }
-  if (path === undefined) throw new UsageError("Which file? ubd add loop FILE");
   const offsetBytes = options.offset ?? (options.o ?? 0) * SECTOR_BYTES;
   if (offsetBytes < 0) throw new UsageError(`Offset ${offsetBytes}: it must not be negative`);
-  return {
-    device,
-    ...lasting,
-    target: {
-      name,
-      options: {
-        ...common,
-        // The server's working directory is another one.
-        file: resolve(path),
-        offsetBytes,
-        readOnly: options.ro ?? false,
-        buffered: (options.buffered || options.buffered_io) ?? false,
-        force: options.force ?? false,
-      },
-    },
-  };
+  return { name, options: { ...access, file: files[0], offsetBytes } };
+}
+
+/** Of a target written with defineTarget: it declares what it takes, and says so. */
+function toDefinedTarget(
+  name: string,
+  file: string | undefined,
+  { opt = {}, size, blockSize }: AddOptions,
+): ServerSpec["target"] {
+  const also = Object.entries({ file, size, blockSize }).filter(([, value]) => value !== undefined);
+  const twice = also.find(([key]) => Object.hasOwn(opt, key));
+  if (twice) throw new UsageError(`--opt ${twice[0]}: it is given twice`);
+  const own = { options: { ...opt, ...Object.fromEntries(also) }, directory: process.cwd() };
+  return isModule(name)
+    ? { name: MODULE_TARGET, options: { ...own, file: resolve(name) } }
+    : { name, options: own };
 }
 
 /** Our option, or the switches of `ublk`, of which reissue and fail each imply recovery. */

@@ -10,6 +10,7 @@ import type { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { type DeviceState, readState } from "../core/state.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
+import type { TargetFacts } from "../core/target.ts";
 import type { Unpacked } from "../abi/struct.ts";
 import {
   UBLK_ATTR_FUA,
@@ -48,7 +49,7 @@ export interface DeviceFacts {
   block: string;
   owner: { uid: number; gid: number };
   queueThreads: DeviceState["queues"];
-  target: Record<string, string | number | boolean>;
+  target: TargetFacts;
 }
 
 /** Name and bit, in the order in which `ublk list` prints them. */

@@ -26,7 +26,7 @@ import { type Live, startServer } from "./server.ts";
 export function defineRun(program: Command): void {
   const command = program.command("run")
     .summary("make a device, run a command on it, delete it")
-    .usage("[options] TARGET [FILE] -- COMMAND [ARGS]")
+    .usage("[options] TARGET [FILES] -- COMMAND [ARGS]")
     .description(
       "Makes a device as `ubd add` does, runs a command, and deletes the device when the command " +
         "has ended. The device's path is in UBD_DEVICE, and in place of each {} in the command.\n\n" +
@@ -34,7 +34,7 @@ export function defineRun(program: Command): void {
         "  ubd run loop disk.img --ro -- sh -c 'fsck -n $UBD_DEVICE'\n\n" +
         "A device that is still in use then, mounted for instance, stays until it is not.",
     )
-    .argument("[words...]", "the target, its file, and behind -- the command")
+    .argument("[words...]", "the target, its files, and behind -- the command")
     .action(run);
   defineDeviceOptions(command);
 }
@@ -47,14 +47,11 @@ export function commandOf(words: readonly string[]): string[] {
 
 async function run(words: string[], options: AddOptions): Promise<void> {
   const command = commandOf(process.argv);
-  const [target, file, ...more] = words.slice(0, words.length - command.length);
+  const [target, ...files] = words.slice(0, words.length - command.length);
   if (command.length === 0) {
     throw new UsageError("Which command? ubd run loop disk.img -- mkfs.ext4 {}");
   }
-  if (more.length > 0) {
-    throw new UsageError(`What is "${more[0]}"? ubd run TARGET [FILE] -- COMMAND`);
-  }
-  const spec = toSpec(target, file, options);
+  const spec = toSpec(target, files, options);
 
   let leash: Writable | undefined;
   const live = await startServer(spec, (held) => leash = held);

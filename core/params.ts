@@ -47,6 +47,7 @@ export function toParams(
     io_min_shift: Math.log2(physicalBlockBytes),
     io_opt_shift: Math.log2(physicalBlockBytes),
     max_sectors: ioBytesMax / SECTOR_BYTES,
+    chunk_sectors: (limits.chunkBytes ?? 0) / SECTOR_BYTES,
     dev_sectors: sizeBytes / SECTOR_BYTES,
   };
   const aligned = memoryAlignBytes > MEMORY_ALIGN_DEFAULT;

@@ -24,6 +24,7 @@ import { join } from "node:path";
 import process from "node:process";
 import type { QueueFacts } from "./device.ts";
 import { UblkError } from "./error.ts";
+import type { TargetFacts } from "./target.ts";
 
 const STATE_VERSION = 1;
 
@@ -33,7 +34,7 @@ export interface DeviceState {
   pid: number;
   /** Process that starts the server again when it dies, if there is one. */
   supervisor?: number;
-  target: Record<string, string | number | boolean>;
+  target: TargetFacts;
   queues: QueueFacts[];
   /** What the server was told, for the next one: cli/server.ts knows its form. */
   spec: unknown;

@@ -28,6 +28,8 @@ export interface DeviceLimits {
   discardBytes: number;
   /** WRITE_ZEROES is offered. */
   writeZeroes: boolean;
+  /** No READ or WRITE crosses a multiple of this. Default: they may be anywhere. */
+  chunkBytes?: number;
 }
 
 /**
@@ -37,10 +39,13 @@ export interface DeviceLimits {
  */
 export type ZeroCopyOffer = { readonly memoryAlignBytes: number } | { readonly obstacle: string };
 
+/** Plain JSON. */
+export type TargetFacts = Record<string, string | number | boolean | readonly string[]>;
+
 export interface OpenTarget {
   readonly limits: DeviceLimits;
-  /** Facts for `list` and `info`, such as {"backing_file": "/a.img"}: plain JSON. */
-  readonly facts: Record<string, string | number | boolean>;
+  /** Facts for `list` and `info`, such as {"backing_file": "/a.img"}. */
+  readonly facts: TargetFacts;
   /** What a person should know, one line each: "buffered I/O: tmpfs refuses direct I/O". */
   readonly notes: readonly string[];
   /** Structured-cloneable; the queue threads' handlers are made from it. */

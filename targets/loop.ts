@@ -41,6 +41,7 @@ import {
 import { UblkError, UsageError } from "../core/error.ts";
 import type { Queue } from "../core/queue.ts";
 import type { OpenContext, RequestHandler, ServeContext, TargetType } from "../core/target.ts";
+import { type Extent, Layout, type Place } from "./layout.ts";
 
 export interface LoopOptions {
   /** Absolute path of a regular file or block device. */
@@ -58,14 +59,18 @@ export interface LoopOptions {
   force?: boolean;
 }
 
-interface LoopSpec {
+/** An open file with a part of the device. */
+export interface LoopFile extends Extent {
   fd: number;
   path: string;
-  offsetBytes: number;
   /** Where the file's data ended when it was opened; behind it, reads are zeroes. */
   endBytes: number;
-  /** Size of the device when it was opened, and of its blocks. */
-  sizeBytes: number;
+}
+
+export interface LoopSpec {
+  files: readonly LoopFile[];
+  /** 0: the files are one behind the other; else they take turns, with so many bytes each. */
+  chunkBytes: number;
   blockBytes: number;
   /** Without FLUSH from the driver, each change is made durable at once. */
   alwaysDurable: boolean;
@@ -74,8 +79,9 @@ interface LoopSpec {
 }
 
 /** What statx(STATX_DIOALIGN) or a trial read says. */
-interface Backing {
+export interface Backing {
   fd: number;
+  path: string;
   isBlockDevice: boolean;
   bytes: number;
   sectorBytes: number;
@@ -97,13 +103,11 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
 
   open(options, context) {
     const backing = openBacking(options, context);
-    const { native } = context.shim;
+    const path = options.file;
     try {
-      const path = options.file;
-      lock(path, backing.fd, options, context);
       const extent = measure(options, backing);
       const readOnly = options.readOnly ?? false;
-      const discardBytes = readOnly ? 0 : discardUnit(backing, path, context);
+      const discardBytes = readOnly ? 0 : discardUnit(backing, context);
       const zeroFd = openOrThrow(context.shim.open("/dev/zero", constants.O_RDONLY), "/dev/zero");
       return {
         limits: {
@@ -126,25 +130,26 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
           ...extent.notes,
         ],
         spec: {
-          fd: backing.fd,
-          path,
-          offsetBytes: extent.offsetBytes,
-          endBytes: Math.min(backing.bytes, extent.offsetBytes + extent.sizeBytes),
-          sizeBytes: extent.sizeBytes,
+          files: [{
+            fd: backing.fd,
+            path,
+            offsetBytes: extent.offsetBytes,
+            sizeBytes: extent.sizeBytes,
+            endBytes: Math.min(backing.bytes, extent.offsetBytes + extent.sizeBytes),
+          }],
+          chunkBytes: 0,
           blockBytes: extent.blockBytes,
           alwaysDurable: !context.hasVolatileCache,
           zeroFd,
         },
         zeroCopy: { memoryAlignBytes: backing.direct ? backing.memoryAlignBytes : 1 },
         close() {
-          const synced = readOnly ? 0 : native.ubd_fdatasync(backing.fd);
-          native.ubd_close(backing.fd);
-          native.ubd_close(zeroFd);
-          if (synced < 0) throw UblkError.from(synced, `sync ${path}`);
+          context.shim.native.ubd_close(zeroFd);
+          closeBacking(backing, readOnly, context);
         },
       };
     } catch (error) {
-      native.ubd_close(backing.fd);
+      context.shim.native.ubd_close(backing.fd);
       throw error;
     }
   },
@@ -159,7 +164,34 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
   serve: (spec, context) => new LoopHandler(spec, context),
 };
 
-function openBacking(options: LoopOptions, context: OpenContext): Backing {
+/**
+ * Opens a backing and locks it.
+ *
+ * @throws {UblkError | UsageError} it cannot be one, or is in use. Nothing is open then.
+ */
+export function openBacking(options: LoopOptions, context: OpenContext): Backing {
+  const backing = openUnlocked(options, context);
+  try {
+    lock(options.file, backing.fd, options, context);
+  } catch (error) {
+    context.shim.native.ubd_close(backing.fd);
+    throw error;
+  }
+  return backing;
+}
+
+/** @throws {UblkError} what was written could not be made durable; it is closed all the same. */
+export function closeBacking(
+  { fd, path }: Backing,
+  readOnly: boolean,
+  { shim }: OpenContext,
+): void {
+  const synced = readOnly ? 0 : shim.native.ubd_fdatasync(fd);
+  shim.native.ubd_close(fd);
+  if (synced < 0) throw UblkError.from(synced, `sync ${path}`);
+}
+
+function openUnlocked(options: LoopOptions, context: OpenContext): Backing {
   const path = options.file;
   const stat = fileStat(path);
   const isBlockDevice = stat.isBlockDevice();
@@ -182,12 +214,12 @@ function openBacking(options: LoopOptions, context: OpenContext): Backing {
     const note = fd < 0
       ? "the file system refuses direct I/O"
       : directObstacle(fd, options, isBlockDevice, context);
-    if (note === undefined) return backingOf(fd, isBlockDevice, stat, true, note, context);
+    if (note === undefined) return backingOf(fd, path, stat, true, note, context);
     if (fd >= 0) context.shim.native.ubd_close(fd);
-    return backingOf(openOrThrow(open(0), path), isBlockDevice, stat, false, note, context);
+    return backingOf(openOrThrow(open(0), path), path, stat, false, note, context);
   }
   const fd = openOrThrow(open(0), path);
-  return backingOf(fd, isBlockDevice, stat, false, "as asked", context);
+  return backingOf(fd, path, stat, false, "as asked", context);
 }
 
 function openOrThrow(fd: number, path: string): number {
@@ -220,13 +252,14 @@ function openError(path: string, result: number, options: LoopOptions): UblkErro
 
 function backingOf(
   fd: number,
-  isBlockDevice: boolean,
+  path: string,
   stat: Stats,
   direct: boolean,
   note: string | undefined,
   context: OpenContext,
 ): Backing {
   const { native } = context.shim;
+  const isBlockDevice = stat.isBlockDevice();
   const answer = new BigUint64Array(1);
   const ask = (request: number) => {
     const result = isBlockDevice ? native.ubd_ioctl(fd, request, answer) : 0;
@@ -237,7 +270,7 @@ function backingOf(
   answer[0] = 0n;
   const sectorBytes = isBlockDevice ? ask(BLKSSZGET) : 512;
   const memoryAlignBytes = Math.max(512, directAlign(fd, context)?.memory ?? 0);
-  return { fd, isBlockDevice, bytes, sectorBytes, direct, note, memoryAlignBytes };
+  return { fd, path, isBlockDevice, bytes, sectorBytes, direct, note, memoryAlignBytes };
 }
 
 /** What statx says of direct I/O: alignments in bytes, `offset` 0 without it; undefined: nothing. */
@@ -320,7 +353,7 @@ function readdirOrEmpty(path: string): string[] {
 }
 
 /** Cuts the device out of the backing. @throws {UsageError} an extent that is not there. */
-function measure(options: LoopOptions, backing: Backing) {
+export function measure(options: LoopOptions, backing: Backing) {
   const { file: path, offsetBytes = 0 } = options;
   const blockBytes = options.blockBytes ?? backing.sectorBytes;
   const notes: string[] = [];
@@ -372,9 +405,9 @@ function measure(options: LoopOptions, backing: Backing) {
 }
 
 /** Smallest hole the backing can punch, in bytes; 0 when it cannot. */
-function discardUnit(backing: Backing, path: string, { shim }: OpenContext): number {
+export function discardUnit(backing: Backing, { shim }: OpenContext): number {
   if (backing.isBlockDevice) {
-    const { rdev } = statSync(path);
+    const { rdev } = statSync(backing.path);
     const directory = `/sys/dev/block/${rdev >> 8 & 0xfff}:${rdev & 0xff | rdev >> 12 & 0xfff00}`;
     const limit = (name: string) => {
       for (const queue of [`${directory}/queue`, `${directory}/../queue`]) {
@@ -403,60 +436,63 @@ const FILLING = 3;
 /** Unexpected, but the kernel may ask for patience; more than this is an error. */
 const RETRIES_MAX = 64;
 
-class LoopHandler implements RequestHandler {
+/** Serves a device that is one file, or several. */
+export class LoopHandler implements RequestHandler {
   readonly #spec: LoopSpec;
+  readonly #layout: Layout;
   readonly #log: (text: string) => void;
   readonly #ioBytesMax: number;
   readonly #deviceBytes: ServeContext["deviceBytes"];
-  /** Bytes of the request that are done. */
+  /** Bytes that are done: of the request, or of its part on `#file` when it carries no data. */
   readonly #done: Float64Array;
   readonly #phase: Uint8Array;
   readonly #retries: Uint8Array;
+  /** The file that a request without data is at. */
+  readonly #file: Uint32Array;
 
   constructor(spec: LoopSpec, { depth, ioBytesMax, log, deviceBytes }: ServeContext) {
     this.#spec = spec;
+    this.#layout = new Layout(spec.files, spec.chunkBytes);
     this.#log = log;
     this.#ioBytesMax = ioBytesMax;
     this.#deviceBytes = deviceBytes;
     this.#done = new Float64Array(depth);
     this.#phase = new Uint8Array(depth);
     this.#retries = new Uint8Array(depth);
+    this.#file = new Uint32Array(depth);
   }
 
   handle(queue: Queue, tag: number): void {
     this.#done[tag] = 0;
     this.#phase[tag] = 0;
     this.#retries[tag] = 0;
+    this.#file[tag] = 0;
     this.#begin(queue, tag);
   }
 
   /** Starts the file operation for what is left of the request. */
   #begin(queue: Queue, tag: number): void {
-    const { fd, offsetBytes, alwaysDurable } = this.#spec;
-    const done = this.#done[tag]!;
-    const at = offsetBytes + queue.offset(tag) + done;
-    const left = queue.bytes(tag) - done;
-    if (this.#phase[tag] === SYNCING) return queue.fsync(tag, fd, IORING_FSYNC_DATASYNC);
-    if (this.#phase[tag] === FILLING) return queue.read(tag, this.#spec.zeroFd, done, left, 0);
-    if (this.#phase[tag] === ZEROING) {
-      return queue.writeZeroes(tag, fd, Math.min(left, this.#ioBytesMax), at);
+    if (this.#phase[tag] === SYNCING) return this.#sync(queue, tag);
+    if (this.#phase[tag] === FILLING) {
+      const done = this.#done[tag]!;
+      return queue.read(tag, this.#spec.zeroFd, done, queue.bytes(tag) - done, 0);
     }
     switch (queue.op(tag)) {
-      case UBLK_IO_OP_READ:
-        return queue.read(tag, fd, done, left, at);
+      case UBLK_IO_OP_READ: {
+        const { file, left, at } = this.#place(queue, tag);
+        return queue.read(tag, this.#spec.files[file]!.fd, this.#done[tag]!, left, at);
+      }
       case UBLK_IO_OP_WRITE: {
-        const durable = alwaysDurable || (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
-        return queue.write(tag, fd, done, left, at, durable ? RWF_DSYNC : 0);
+        const { file, left, at } = this.#place(queue, tag);
+        const { fd } = this.#spec.files[file]!;
+        const durable = this.#isDurable(queue, tag) ? RWF_DSYNC : 0;
+        return queue.write(tag, fd, this.#done[tag]!, left, at, durable);
       }
       case UBLK_IO_OP_FLUSH:
-        return queue.fsync(tag, fd, IORING_FSYNC_DATASYNC);
+        return this.#sync(queue, tag);
       case UBLK_IO_OP_DISCARD:
-        return queue.fallocate(tag, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, left);
-      case UBLK_IO_OP_WRITE_ZEROES: {
-        const keep = (queue.flags(tag) & UBLK_IO_F_NOUNMAP) !== 0;
-        const mode = keep ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE;
-        return queue.fallocate(tag, fd, mode | FALLOC_FL_KEEP_SIZE, at, left);
-      }
+      case UBLK_IO_OP_WRITE_ZEROES:
+        return this.#clear(queue, tag);
       default:
         return queue.commit(tag, -ERRNO.EOPNOTSUPP);
     }
@@ -466,25 +502,22 @@ class LoopHandler implements RequestHandler {
     if (result === -ERRNO.EAGAIN || result === -ERRNO.EINTR) {
       if (this.#retries[tag]!++ < RETRIES_MAX) return this.#begin(queue, tag);
     }
-    if (this.#phase[tag] === SYNCING) return this.#finish(queue, tag, result);
-    if (this.#phase[tag] === ZEROING) return this.#wrote(queue, tag, result);
+    if (this.#phase[tag] === SYNCING) return this.#synced(queue, tag, result);
+    if (this.#phase[tag] === ZEROING) return this.#zeroed(queue, tag, result);
     switch (queue.op(tag)) {
       case UBLK_IO_OP_READ:
         return this.#read(queue, tag, result);
       case UBLK_IO_OP_WRITE:
         return this.#wrote(queue, tag, result);
-      case UBLK_IO_OP_DISCARD:
-        // A hint: a backing that cannot has kept its data, which is allowed.
-        return this.#finish(queue, tag, result === -ERRNO.EOPNOTSUPP ? 0 : result);
-      case UBLK_IO_OP_WRITE_ZEROES:
-        return this.#zeroed(queue, tag, result);
+      case UBLK_IO_OP_FLUSH:
+        return this.#synced(queue, tag, result);
       default:
-        return this.#finish(queue, tag, result);
+        return this.#cleared(queue, tag, result);
     }
   }
 
   #read(queue: Queue, tag: number, result: number): void {
-    if (result < 0) return this.#finish(queue, tag, result);
+    if (result < 0) return this.#fail(queue, tag, result);
     const done = this.#done[tag]! += result;
     const bytes = queue.bytes(tag);
     if (done === bytes) return queue.commit(tag, bytes);
@@ -493,7 +526,8 @@ class LoopHandler implements RequestHandler {
       return this.#begin(queue, tag);
     }
     if (result > 0) return this.#begin(queue, tag);
-    this.#log(`${this.#spec.path} was cut short while in use: reads behind its new end fail`);
+    const { path } = this.#spec.files[this.#place(queue, tag).file]!;
+    this.#log(`${path} was cut short while in use: reads behind its new end fail`);
     queue.commit(tag, -ERRNO.EIO);
   }
 
@@ -502,41 +536,104 @@ class LoopHandler implements RequestHandler {
    * device's last block, which the file need not fill. A resized device has another last block.
    */
   #isBehindFile(offset: number): boolean {
-    const { offsetBytes, endBytes, sizeBytes, blockBytes } = this.#spec;
+    const { files, blockBytes } = this.#spec;
+    const { sizeBytes } = this.#layout;
     const sizeNow = this.#deviceBytes() ?? sizeBytes;
-    if (sizeNow === sizeBytes) return offsetBytes + offset >= endBytes;
-    return offset > sizeNow - blockBytes;
+    if (sizeNow !== sizeBytes) return offset > sizeNow - blockBytes;
+    const { file, at } = this.#layout.locate(offset);
+    return at >= files[file]!.endBytes;
   }
 
   #wrote(queue: Queue, tag: number, result: number): void {
-    if (result <= 0) return this.#finish(queue, tag, result === 0 ? -ERRNO.EIO : result);
+    if (result <= 0) return this.#fail(queue, tag, result === 0 ? -ERRNO.EIO : result);
     const done = this.#done[tag]! += result;
-    if (done < queue.bytes(tag)) return this.#begin(queue, tag);
-    this.#synced(queue, tag);
+    const bytes = queue.bytes(tag);
+    if (done < bytes) return this.#begin(queue, tag);
+    queue.commit(tag, bytes);
+  }
+
+  /** Where a READ or WRITE goes on, and for how long; valid until the next call. */
+  #place(queue: Queue, tag: number): Place {
+    const done = this.#done[tag]!;
+    const place = this.#layout.locate(queue.offset(tag) + done);
+    place.left = Math.min(place.left, queue.bytes(tag) - done);
+    return place;
+  }
+
+  /** Frees or zeroes what the request has on each file, one after the other. */
+  #clear(queue: Queue, tag: number): void {
+    const { files } = this.#spec;
+    const offset = queue.offset(tag);
+    for (; this.#file[tag]! < files.length; this.#nextFile(tag)) {
+      const file = this.#file[tag]!;
+      const { fd, offsetBytes } = files[file]!;
+      const from = this.#layout.before(file, offset) + this.#done[tag]!;
+      const left = this.#layout.before(file, offset + queue.bytes(tag)) - from;
+      if (left <= 0) continue;
+      const at = offsetBytes + from;
+      if (this.#phase[tag] === ZEROING) {
+        return queue.writeZeroes(tag, fd, Math.min(left, this.#ioBytesMax), at);
+      }
+      const keep = queue.op(tag) === UBLK_IO_OP_WRITE_ZEROES &&
+        (queue.flags(tag) & UBLK_IO_F_NOUNMAP) !== 0;
+      const mode = keep ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE;
+      return queue.fallocate(tag, fd, mode | FALLOC_FL_KEEP_SIZE, at, left);
+    }
+    if (queue.op(tag) === UBLK_IO_OP_DISCARD || !this.#isDurable(queue, tag)) {
+      return queue.commit(tag, 0);
+    }
+    this.#phase[tag] = SYNCING;
+    this.#file[tag] = 0;
+    this.#sync(queue, tag);
+  }
+
+  #nextFile(tag: number): void {
+    this.#file[tag]!++;
+    this.#done[tag] = 0;
+    this.#phase[tag] = 0;
+  }
+
+  #cleared(queue: Queue, tag: number, result: number): void {
+    const isHint = queue.op(tag) === UBLK_IO_OP_DISCARD;
+    // A hint: a backing that cannot has kept its data, which is allowed.
+    if (result >= 0 || isHint && result === -ERRNO.EOPNOTSUPP) {
+      this.#nextFile(tag);
+    } else if (result === -ERRNO.EOPNOTSUPP) {
+      this.#phase[tag] = ZEROING;
+    } else {
+      return this.#fail(queue, tag, result);
+    }
+    this.#clear(queue, tag);
   }
 
   #zeroed(queue: Queue, tag: number, result: number): void {
-    if (result !== -ERRNO.EOPNOTSUPP) {
-      return result < 0 ? this.#finish(queue, tag, result) : this.#synced(queue, tag);
-    }
-    this.#phase[tag] = ZEROING;
-    this.#begin(queue, tag);
+    if (result <= 0) return this.#fail(queue, tag, result === 0 ? -ERRNO.EIO : result);
+    this.#done[tag]! += result;
+    this.#clear(queue, tag);
   }
 
-  /** The data is written; FUA on anything but a plain WRITE needs a sync of its own. */
-  #synced(queue: Queue, tag: number): void {
-    const durable = this.#spec.alwaysDurable || (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
-    const written = queue.op(tag) === UBLK_IO_OP_WRITE;
-    if (!durable || written) return this.#finish(queue, tag, written ? queue.bytes(tag) : 0);
-    this.#phase[tag] = SYNCING;
-    this.#begin(queue, tag);
+  /** Whether what the request writes must be durable before it is answered. */
+  #isDurable(queue: Queue, tag: number): boolean {
+    return this.#spec.alwaysDurable || (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
   }
 
-  #finish(queue: Queue, tag: number, result: number): void {
-    if (result < 0) {
-      const op = OP_NAMES.get(queue.op(tag)) ?? queue.op(tag);
-      this.#log(`${op} on ${this.#spec.path} fails: ${errnoName(-result)}`);
-    }
+  /** Makes everything on a file durable, and then on the next. */
+  #sync(queue: Queue, tag: number): void {
+    queue.fsync(tag, this.#spec.files[this.#file[tag]!]!.fd, IORING_FSYNC_DATASYNC);
+  }
+
+  #synced(queue: Queue, tag: number, result: number): void {
+    if (result < 0) return this.#fail(queue, tag, result);
+    this.#file[tag]!++;
+    if (this.#file[tag]! < this.#spec.files.length) return this.#sync(queue, tag);
+    queue.commit(tag, 0);
+  }
+
+  #fail(queue: Queue, tag: number, result: number): void {
+    const moves = queue.op(tag) === UBLK_IO_OP_READ || queue.op(tag) === UBLK_IO_OP_WRITE;
+    const file = moves ? this.#place(queue, tag).file : this.#file[tag]!;
+    const op = OP_NAMES.get(queue.op(tag)) ?? queue.op(tag);
+    this.#log(`${op} on ${this.#spec.files[file]!.path} fails: ${errnoName(-result)}`);
     queue.commit(tag, result);
   }
 }

@@ -9,13 +9,19 @@ import { openDefinition, parseOptions, type Target, toDefinition } from "../core
 import type { TargetDefinition } from "../core/define_target.ts";
 import { UsageError } from "../core/error.ts";
 import type { ServedTarget, TargetType } from "../core/target.ts";
+import { concatTarget, stripeTarget } from "./concat.ts";
 import { httpTarget } from "./http.ts";
 import { loopTarget } from "./loop.ts";
 import { loadModule, MODULE_TARGET, type ModuleSpec, openModule } from "./module.ts";
 import { nullTarget } from "./null.ts";
 
 // deno-lint-ignore no-explicit-any
-const TARGETS: readonly TargetType<any, any>[] = [nullTarget, loopTarget];
+const TARGETS: readonly TargetType<any, any>[] = [
+  nullTarget,
+  loopTarget,
+  concatTarget,
+  stripeTarget,
+];
 
 const DEFINED: Readonly<Record<string, Target>> = { http: httpTarget };
 

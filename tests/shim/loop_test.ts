@@ -52,7 +52,8 @@ import {
   Shim,
   type ZeroCopyConfig,
 } from "../../ffi/mod.ts";
-import { loopTarget } from "../../targets/loop.ts";
+import { concatTarget, stripeTarget } from "../../targets/concat.ts";
+import { type LoopSpec, loopTarget } from "../../targets/loop.ts";
 
 const { EIO, EAGAIN, EINTR, ENOSPC, EOPNOTSUPP } = ERRNO;
 const [READ, WRITE, FLUSH] = [UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_FLUSH];
@@ -574,12 +575,10 @@ test("loop measures its file as it is now, beside the server that has locked it"
 
 test("loop passes on the backing's error, and says so", () => {
   const full = shim.open("/dev/full", 2);
+  const bytes = 1 << 20;
   const spec = {
-    fd: full,
-    path: "/dev/full",
-    offsetBytes: 0,
-    endBytes: 1 << 20,
-    sizeBytes: 1 << 20,
+    files: [{ fd: full, path: "/dev/full", offsetBytes: 0, sizeBytes: bytes, endBytes: bytes }],
+    chunkBytes: 0,
     blockBytes: 512,
     alwaysDurable: false,
     zeroFd: -1,
@@ -701,4 +700,177 @@ test("loop's close leaves no descriptor", () => {
     withTarget(file, options, () => assert.strictEqual(descriptorsOf(file), 1));
   }
   assert.strictEqual(descriptorsOf(file), 0);
+});
+
+/** Joins files of these sizes; `work` gets the target, the files, and what the device holds. */
+function withFiles(
+  sizes: number[],
+  chunkBytes: number,
+  work: (target: OpenTarget, files: string[], model: () => Buffer) => void,
+): void {
+  const files = sizes.map((bytes) => image(bytes));
+  const target = chunkBytes
+    ? stripeTarget.open({ files, chunkBytes }, CONTEXT)
+    : concatTarget.open({ files }, CONTEXT);
+  try {
+    work(target, files, () => {
+      const contents = files.map((file) => readFileSync(file));
+      if (chunkBytes === 0) return Buffer.concat(contents);
+      const turns = Math.floor(Math.min(...sizes) / chunkBytes);
+      return Buffer.concat(
+        Array.from(
+          { length: turns },
+          (_, turn) =>
+            contents.map((bytes) => bytes.subarray(turn * chunkBytes, (turn + 1) * chunkBytes)),
+        ).flat(),
+      );
+    });
+  } finally {
+    target.close();
+    for (const file of files) rmSync(file);
+  }
+}
+
+for (const [name, chunkBytes] of [["concat", 0], ["stripe", 4096]] as const) {
+  test(`${name} is a buffer: random requests leave what they leave in memory`, {
+    timeout: 60_000,
+  }, () => {
+    const sizes = chunkBytes ? [36864, 40960, 32768] : [512, 40960, 1024, 32768];
+    const sectors = chunkBytes ? 3 * 64 : 147;
+    const request = fc.record({
+      kind: fc.constantFrom<[number, number]>(
+        [READ, 0],
+        [WRITE, 0],
+        [WRITE, UBLK_IO_F_FUA],
+        [WRITE_ZEROES, UBLK_IO_F_FUA],
+        [WRITE_ZEROES, UBLK_IO_F_NOUNMAP],
+        [DISCARD, 0],
+      ),
+      from: fc.nat({ max: sectors - 1 }),
+      length: fc.integer({ min: 1, max: 120 }),
+      value: fc.integer({ min: 1, max: 255 }),
+    });
+    const requests = fc.array(request, { minLength: 1, maxLength: 25 });
+    fc.assert(
+      fc.property(requests, fc.boolean(), fc.boolean(), (steps, short, zeroCopy) => {
+        withFiles(sizes, chunkBytes, ({ spec, limits }, _, contents) => {
+          assert.strictEqual(limits.sizeBytes, sectors * 512);
+          const model = Buffer.from(contents());
+          const expected: Buffer[] = [];
+          const asked = steps.map(({ kind: [op, flags], from, length, value }): Request => {
+            const to = Math.min(from + length, sectors);
+            const part = model.subarray(from * 512, to * 512);
+            if (op !== READ) part.fill(op === WRITE ? value : 0);
+            expected.push(Buffer.from(part));
+            const data = new Uint8Array(op === WRITE ? part.length : 0).fill(value);
+            return { op, flags, sector: from, sectors: to - from, data };
+          });
+          const cutShort = (result: number) => result > 512 ? 512 : result;
+          const { answers } = serveSpec(spec, asked, {
+            ...(short && { onResult: cutShort }),
+            zeroCopy: zeroCopy ? AUTOMATIC : undefined,
+          });
+          for (const [index, { op }] of asked.entries()) {
+            const bytes = op === READ || op === WRITE ? expected[index]!.length : 0;
+            assert.strictEqual(answers[index]!.result, bytes);
+            if (op === READ) assert.ok(expected[index]!.equals(answers[index]!.data));
+          }
+          assert.ok(contents().equals(model));
+        });
+      }),
+      { numRuns: 12 },
+    );
+  });
+}
+
+test("stripe takes turns, chunk by chunk, and uses of each file what the smallest has", () => {
+  withFiles([12288, 8192 + 512], 4096, ({ spec, limits, notes, facts }, files) => {
+    assert.deepStrictEqual([limits.sizeBytes, limits.chunkBytes], [16384, 4096]);
+    assert.deepStrictEqual(facts.backing_files, files);
+    assert.deepStrictEqual(notes.slice(-2), [
+      `the last 4096 bytes of ${files[0]} are not used`,
+      `the last 512 bytes of ${files[1]} are not used`,
+    ]);
+    const writes = [0, 1, 2, 3].map((chunk): Request => {
+      return { op: WRITE, sector: chunk * 8, sectors: 8, data: Buffer.alloc(4096, 65 + chunk) };
+    });
+    assert.deepStrictEqual(results(serveSpec(spec, writes).answers), [4096, 4096, 4096, 4096]);
+    const letters = files.map((file) => {
+      const bytes = readFileSync(file);
+      return String.fromCharCode(bytes[0]!, bytes[4095]!, bytes[4096]!, bytes[8191]!);
+    });
+    assert.deepStrictEqual(letters, ["AACC", "BBDD"]);
+    assert.ok(readFileSync(files[0]!).subarray(8192).equals(pattern(12288).subarray(8192)));
+  });
+});
+
+test("stripe and concat flush every file, and free each file's part in one piece", () => {
+  for (const chunkBytes of [0, 4096]) {
+    withFiles([65536, 65536, 65536], chunkBytes, ({ spec }) => {
+      const commands = (request: Request) => {
+        const { answers, fileCommands } = serveSpec(spec, [request]);
+        assert.ok(answers.every(({ result }) => result >= 0));
+        return fileCommands.map(([op]) => op);
+      };
+      const everywhere = { sector: 8, sectors: 368 };
+      const syncs = [COMMAND_FSYNC, COMMAND_FSYNC, COMMAND_FSYNC];
+      const frees = [COMMAND_FALLOCATE, COMMAND_FALLOCATE, COMMAND_FALLOCATE];
+      assert.deepStrictEqual(commands({ op: FLUSH }), syncs);
+      assert.deepStrictEqual(commands({ op: DISCARD, ...everywhere }), frees);
+      const flags = UBLK_IO_F_FUA;
+      assert.deepStrictEqual(commands({ op: WRITE_ZEROES, flags, ...everywhere }), [
+        ...frees,
+        ...syncs,
+      ]);
+      // What is on one file alone leaves the others alone.
+      assert.deepStrictEqual(commands({ op: DISCARD, sector: 136, sectors: 1 }), frees.slice(2));
+    });
+  }
+});
+
+test("stripe and concat pass on an error with the name of the file, a failed FLUSH too", () => {
+  withFiles([4096, 4096], 0, (target, files) => {
+    const spec = target.spec as LoopSpec;
+    const full = shim.open("/dev/full", 2);
+    const broken = { ...spec, files: [spec.files[0]!, { ...spec.files[1]!, fd: full }] };
+    const logs: string[] = [];
+    const data = new Uint8Array(4096);
+    const { answers } = serveSpec(broken, [
+      { op: WRITE, sector: 0, sectors: 8, data },
+      { op: WRITE, sector: 4, sectors: 8, data },
+      { op: FLUSH },
+    ], { logs });
+    shim.native.ubd_close(full);
+    assert.deepStrictEqual(results(answers), [4096, -ENOSPC, -ERRNO.EINVAL]);
+    assert.deepStrictEqual(logs, [
+      `WRITE on ${files[1]} fails: ENOSPC`,
+      `FLUSH on ${files[1]} fails: EINVAL`,
+    ]);
+  });
+});
+
+test("stripe and concat refuse files that cannot be joined, and keep nothing open", () => {
+  const [good, odd, small] = [image(65536), image(65537), image(4096)];
+  const refused = (open: () => unknown, message: RegExp) => {
+    assert.throws(open, message);
+    for (const file of [good, odd, small]) assert.strictEqual(descriptorsOf(file), 0, `${message}`);
+  };
+  const concat = (files: string[], more = {}) => () =>
+    concatTarget.open({ files, ...more }, CONTEXT);
+  const stripe = (files: string[], more = {}) => () =>
+    stripeTarget.open({ files, ...more }, CONTEXT);
+  refused(concat([good, odd]), /^UsageError: Cannot join .*65537 bytes .*truncate -s %512/);
+  refused(concat([good, good]), /^UblkError: Cannot lock /);
+  refused(concat([good, join(directory, "absent")]), /ENOENT/);
+  refused(stripe([good, small]), /^UsageError: Chunk 65536: the smallest file has 4096 bytes/);
+  for (const chunkBytes of [0, 2048, 12288, 2 ** 31]) {
+    refused(stripe([good, small], { chunkBytes }), /^UsageError: Chunk \d+: .* power of two/);
+  }
+  const readOnly = concatTarget.open({ files: [good, good], readOnly: true }, CONTEXT);
+  assert.deepStrictEqual(
+    [readOnly.limits.readOnly, readOnly.limits.volatileCache, readOnly.limits.discardBytes],
+    [true, false, 0],
+  );
+  readOnly.close();
+  assert.strictEqual(descriptorsOf(good), 0);
 });

@@ -41,6 +41,7 @@ const AT = {
   optShift: 14,
   minShift: 15,
   maxSectors: 16,
+  chunkSectors: 20,
   devSectors: 24,
   discard: 40,
   discardGranularity: 44,
@@ -61,6 +62,11 @@ test("toParams without DISCARD fills the basic block and leaves all else zero", 
   expected.setUint32(AT.maxSectors, 1024, true);
   expected.setBigUint64(AT.devSectors, 524288000n, true);
   assert.deepStrictEqual(new Uint8Array(view.buffer), new Uint8Array(expected.buffer));
+});
+
+test("toParams has the block layer split at a chunk's end", () => {
+  assert.strictEqual(bytesOf({}).getUint32(AT.chunkSectors, true), 0);
+  assert.strictEqual(bytesOf({ chunkBytes: 65536 }).getUint32(AT.chunkSectors, true), 128);
 });
 
 test("toParams offers DISCARD and WRITE_ZEROES each by itself", () => {
