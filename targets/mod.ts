@@ -12,6 +12,7 @@ import type { ServedTarget, TargetType } from "../core/target.ts";
 import { concatTarget, stripeTarget } from "./concat.ts";
 import { httpTarget } from "./http.ts";
 import { loopTarget } from "./loop.ts";
+import { memoryTarget } from "./memory.ts";
 import { loadModule, MODULE_TARGET, type ModuleSpec, openModule } from "./module.ts";
 import { nullTarget } from "./null.ts";
 
@@ -23,7 +24,7 @@ const TARGETS: readonly TargetType<any, any>[] = [
   stripeTarget,
 ];
 
-const DEFINED: Readonly<Record<string, Target>> = { http: httpTarget };
+const DEFINED: Readonly<Record<string, Target>> = { memory: memoryTarget, http: httpTarget };
 
 export const TARGET_NAMES: readonly string[] = [
   ...TARGETS.map(({ name }) => name),
