@@ -42,4 +42,10 @@ export {
 } from "./core/define_target.ts";
 export { UblkError, type UblkErrorDetails, UsageError } from "./core/error.ts";
 export type { DeviceStats, OperationStats } from "./core/stats.ts";
+export {
+  fault,
+  type FaultOperation,
+  type FaultOptions,
+  type FaultyDevice,
+} from "./targets/fault.ts";
 export { VERSION } from "./core/version.ts";

@@ -10,6 +10,7 @@ import type { TargetDefinition } from "../core/define_target.ts";
 import { UsageError } from "../core/error.ts";
 import type { ServedTarget, TargetType } from "../core/target.ts";
 import { concatTarget, stripeTarget } from "./concat.ts";
+import { faultTarget } from "./fault.ts";
 import { httpTarget } from "./http.ts";
 import { loopTarget } from "./loop.ts";
 import { memoryTarget } from "./memory.ts";
@@ -24,7 +25,11 @@ const TARGETS: readonly TargetType<any, any>[] = [
   stripeTarget,
 ];
 
-const DEFINED: Readonly<Record<string, Target>> = { memory: memoryTarget, http: httpTarget };
+const DEFINED: Readonly<Record<string, Target>> = {
+  memory: memoryTarget,
+  http: httpTarget,
+  fault: faultTarget,
+};
 
 export const TARGET_NAMES: readonly string[] = [
   ...TARGETS.map(({ name }) => name),
