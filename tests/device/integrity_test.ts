@@ -6,33 +6,8 @@
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
-import { allocated, deviceTest, KERNEL, queueSetting, scaled, type Scene } from "./helpers.ts";
-
-interface FioJob {
-  jobname: string;
-  error: number;
-  read: { total_ios: number };
-  write: { total_ios: number };
-}
-
-/** Both patterns at once, each on its half of the device, verified in a second pass too. */
-async function verify(scene: Scene, device: string, mebibytes: number): Promise<void> {
-  const common = `--filename=${device} --direct=1 --ioengine=libaio --verify=crc32c ` +
-    `--verify_fatal=1 --randrepeat=0 --size=${mebibytes / 2}M --group_reporting=0`;
-  const jobs = `--name=random --rw=randwrite --bs=4k --iodepth=64 --norandommap=0 ` +
-    `--name=sequential --rw=write --bs=128k --iodepth=16 --offset=${mebibytes / 2}M`;
-  const { code, stdout, stderr } = await scene.run(
-    ["bash", "-c", `fio --max-jobs=4 --output-format=json ${common} ${jobs}`],
-    { limitMs: 300_000 },
-  );
-  assert.equal(code, 0, stderr + stdout);
-  const result = JSON.parse(stdout.slice(stdout.indexOf("{"))) as { jobs: FioJob[] };
-  assert.equal(result.jobs.length, 2);
-  for (const { jobname, error, read, write } of result.jobs) {
-    assert.equal(error, 0, jobname);
-    assert.ok(read.total_ios > 0 && write.total_ios > 0, jobname);
-  }
-}
+import { verify } from "./fio.ts";
+import { allocated, deviceTest, KERNEL, queueSetting, scaled } from "./helpers.ts";
 
 /** By the kernel's number; its flags say the same, but the tests are declared before they run. */
 const hasZeroCopy = KERNEL === "newest";
