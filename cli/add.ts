@@ -247,9 +247,9 @@ export function defineDeviceOptions(command: Command): Command {
 
 /** The options of the target that a command line names; empty when it names none of its kind. */
 export async function targetHelp(args: readonly string[]): Promise<string> {
-  const named = args.find((arg) => isModule(arg) || isDefined(arg) || isUrl(arg));
-  if (named === undefined) return "";
-  const name = isUrl(named) ? "http" : named;
+  const named = args.find((arg) => TARGET_NAMES.includes(arg) || isModule(arg) || isUrl(arg));
+  const name = named !== undefined && isUrl(named) ? "http" : named;
+  if (name === undefined || !isModule(name) && !isDefined(name)) return "";
   const definition = isModule(name)
     ? await findDefinition(MODULE_TARGET, resolve(name))
     : await findDefinition(name, "");

@@ -11,7 +11,7 @@ interface FioJob {
   write: { total_ios: number };
 }
 
-/** Writes checksums and reads them back: both patterns at once, each on its half of the device, verified in a second pass too. */
+/** Writes checksums and reads them back: two patterns at once, each on its half of the device. */
 export async function verify(scene: Scene, device: string, mebibytes: number): Promise<void> {
   const common = `--filename=${device} --direct=1 --ioengine=libaio --verify=crc32c ` +
     `--verify_fatal=1 --randrepeat=0 --size=${mebibytes / 2}M --group_reporting=0`;

@@ -73,6 +73,9 @@ test("ubd help VERB and ubd VERB --help explain one verb", TIMEOUT, () => {
   assert.match(stdout, /--block-size <size>/);
   assert.doesNotMatch(stdout, /user_recovery/);
   assert.deepStrictEqual(ubd("add", "--help"), { code: 0, stdout, stderr: "" });
+  assert.deepStrictEqual(ubd("add", "loop", "./x.img", "--help"), { code: 0, stdout, stderr: "" });
+  const memory = ubd("add", "memory", "--help").stdout;
+  assert.match(memory, /^Options of memory:\n {2}--opt size=SIZE .*\(default: 1G\)$/m);
 });
 
 test("ubd help --json lists verbs with their options", TIMEOUT, () => {
