@@ -873,4 +873,8 @@ test("stripe and concat refuse files that cannot be joined, and keep nothing ope
   );
   readOnly.close();
   assert.strictEqual(descriptorsOf(good), 0);
+  assert.throws(
+    () => concatTarget.measure({ files: [good] }, CONTEXT),
+    /Cannot resize: EOPNOTSUPP/,
+  );
 });

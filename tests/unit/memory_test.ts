@@ -51,8 +51,8 @@ test("memory is the same for every thread that opens it", async () => {
   const options = { size: MIB, blockSize: 4096 } as never; // Its types are gone by now.
   const shared = structuredClone(await definition.share!(options));
   const [one, two] = [
-    await definition.open(options, shared),
-    await definition.open(options, structuredClone(shared)),
+    await definition.open(options, shared, () => {}),
+    await definition.open(options, structuredClone(shared), () => {}),
   ];
   assert.deepStrictEqual([one.size, one.blockSize], [MIB, 4096]);
   write(one, 5000, new Uint8Array(1000).fill(7));
