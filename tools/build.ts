@@ -31,7 +31,7 @@ export async function build(): Promise<void> {
   bun(...EXECUTABLE, "cli/main.ts", "--outfile", "dist/ubd");
   // target=node keeps node: and bun: imports as they are, for both runtimes.
   const bundle = ["--target=node", "--external", "bun:ffi"];
-  bun(...bundle, "--minify-whitespace", "cli/main.ts", "--outfile", "dist/cli.js");
+  bun(...bundle, "--minify", "cli/main.ts", "--outfile", "dist/cli.js");
   bun(...bundle, "mod.ts", "--outfile", "dist/mod.js");
   bun(...bundle, "testing/mod.ts", "--outfile", "dist/testing.js");
   // Without its scripts: prepack is this very build.
