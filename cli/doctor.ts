@@ -8,7 +8,7 @@
  */
 
 import { spawnSync } from "node:child_process";
-import { existsSync, readdirSync, readFileSync, statSync } from "node:fs";
+import { existsSync, statSync } from "node:fs";
 import { release } from "node:os";
 import process from "node:process";
 import type { Command } from "commander";
@@ -16,6 +16,7 @@ import { chooseDialect } from "../abi/dialect.ts";
 import { errnoName } from "../abi/errno.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
+import { contents, namesIn } from "../core/proc.ts";
 import { stateDirectory } from "../core/state.ts";
 import { Shim } from "../ffi/mod.ts";
 import { describeAll } from "./describe.ts";
@@ -416,21 +417,4 @@ function checkStateFiles(ids: number[]): Finding[] {
     why: "the device, or the server that wrote it, is gone",
     mend: "ubd gc",
   }));
-}
-
-/** What cannot be read counts as not there. */
-function namesIn(path: string): string[] {
-  try {
-    return readdirSync(path);
-  } catch {
-    return [];
-  }
-}
-
-function contents(path: string): string {
-  try {
-    return readFileSync(path, "utf8");
-  } catch {
-    return "";
-  }
 }

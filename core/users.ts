@@ -5,9 +5,9 @@
  * @module
  */
 
-import { readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { unescapeMount } from "./isolation.ts";
+import { contents, linkTarget, namesIn } from "./proc.ts";
 
 /** udev and its helpers look at every device that changes, and let go by themselves. */
 const PASSING = /^\(?(udev-worker|systemd-udevd|udevd|blkid|partx)\)?$/;
@@ -114,29 +114,4 @@ function isNodeOf(path: string, blockName: string): boolean {
 
 function processIds(): string[] {
   return namesIn("/proc").filter((name) => /^\d+$/.test(name));
-}
-
-/** What vanishes while one looks counts as not there. */
-function namesIn(path: string): string[] {
-  try {
-    return readdirSync(path);
-  } catch {
-    return [];
-  }
-}
-
-function contents(path: string): string {
-  try {
-    return readFileSync(path, "utf8");
-  } catch {
-    return "";
-  }
-}
-
-function linkTarget(path: string): string {
-  try {
-    return readlinkSync(path);
-  } catch {
-    return "";
-  }
 }

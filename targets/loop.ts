@@ -19,7 +19,7 @@
  * @module
  */
 
-import { constants, readdirSync, readFileSync, type Stats, statSync } from "node:fs";
+import { constants, readFileSync, type Stats, statSync } from "node:fs";
 import { ERRNO, errnoName } from "../abi/errno.ts";
 import {
   FALLOC_FL_KEEP_SIZE,
@@ -39,6 +39,7 @@ import {
   UBLK_IO_OP_WRITE_ZEROES,
 } from "../abi/ublk_cmd.ts";
 import { UblkError, UsageError } from "../core/error.ts";
+import { namesIn } from "../core/proc.ts";
 import type { Queue } from "../core/queue.ts";
 import type { OpenContext, RequestHandler, ServeContext, TargetType } from "../core/target.ts";
 import { type Extent, Layout, type Place } from "./layout.ts";
@@ -333,7 +334,7 @@ function lock(path: string, fd: number, options: LoopOptions, { shim }: OpenCont
 
 /** The kernel's loop driver takes no lock. @returns /dev/loopN on this very file. */
 function kernelLoopOn(path: string): string | undefined {
-  for (const name of readdirOrEmpty("/sys/block")) {
+  for (const name of namesIn("/sys/block")) {
     if (!name.startsWith("loop")) continue;
     try {
       const backing = readFileSync(`/sys/block/${name}/loop/backing_file`, "utf8").trimEnd();
@@ -342,14 +343,6 @@ function kernelLoopOn(path: string): string | undefined {
     } catch { /* unbound, or its file is gone */ }
   }
   return undefined;
-}
-
-function readdirOrEmpty(path: string): string[] {
-  try {
-    return readdirSync(path);
-  } catch {
-    return [];
-  }
 }
 
 /** Cuts the device out of the backing. @throws {UsageError} an extent that is not there. */

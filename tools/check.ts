@@ -34,6 +34,7 @@ const CORE_FOR_TARGETS = [
   "core/error.ts",
   "core/queue.ts",
   "core/define_target.ts",
+  "core/proc.ts",
 ];
 
 /** Files whose purpose is to tie layers together. */
