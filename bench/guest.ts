@@ -134,7 +134,9 @@ function qemuNbd(args: () => string[]): Recipe["make"] {
   return () => {
     run("modprobe", "nbd", "nbds_max=2", "max_part=0");
     const path = "/dev/nbd0";
-    call(QEMU_NBD, `--connect=${path}`, "--fork", ...args());
+    // Its own choice of a socket is in /var/lock, which this guest lacks.
+    const socket = "--socket=/run/bench-nbd.sock";
+    call(QEMU_NBD, `--connect=${path}`, socket, "--fork", ...args());
     const pid = Number(run("pgrep", "-n", "-x", "qemu-nbd").trim());
     return { path, pid, remove: () => void call(QEMU_NBD, `--disconnect=${path}`) };
   };
