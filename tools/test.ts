@@ -14,7 +14,7 @@
  */
 
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
@@ -96,13 +96,35 @@ function hostTests(runtime: "bun" | "deno", ...tiers: string[]): void {
   count(runtime, readReport(report), status === 0);
 }
 
+interface Job {
+  kernel: KernelName;
+  ubd: Runner;
+  /** Such as "1/3". */
+  part: string;
+  files: string[];
+  /** Only the one test that leaves a device which nothing but a reboot removes. */
+  deadlock?: boolean;
+}
+
+/** The most that one guest can do in about ten minutes, so that both lanes end together. */
+function partsOf(kernel: KernelName, ubd: Runner): Job[] {
+  const all = readdirSync(join(ROOT, "tests/device")).filter((name) => name.endsWith("_test.ts"));
+  const count = ubd !== "binary" || kernel === "6.1" ? 1 : kernel === "newest" ? 3 : 2;
+  return Array.from({ length: count }, (_, index) => ({
+    kernel,
+    ubd,
+    part: `${index + 1}/${count}`,
+    files: all.sort().filter((_, at) => at % count === index)
+      .map((name) => `/ubd/tests/device/${name}`),
+  }));
+}
+
 /**
- * One guest, all device tests. Its output is kept until the end: two guests run at a time.
- *
- * @param deadlock instead, the one test that leaves a device which only a reboot removes.
+ * One guest, some files of device tests. Its output is kept until the end: two guests run at a
+ * time.
  */
-async function deviceTests(kernel: KernelName, ubd: Runner, deadlock = false): Promise<void> {
-  const what = deadlock ? "the deadlock" : "device tests";
+async function deviceTests({ kernel, ubd, part, files, deadlock }: Job): Promise<void> {
+  const what = deadlock ? "the deadlock" : `device tests ${part}`;
   const name = `${what}, Linux ${kernel}, ubd as ${ubd}`;
   console.log(`== ${name}: begins`);
   const results = mkdtempSync(join(scratch, "results-"));
@@ -118,7 +140,7 @@ async function deviceTests(kernel: KernelName, ubd: Runner, deadlock = false): P
       UBD_DEADLOCK: deadlock ? "1" : "",
     },
     command: "bun test --reporter=junit --reporter-outfile=/results/report.xml " +
-      `--timeout=120000 ${deadlock ? "-t deadlocks" : ""} /ubd/tests/device`,
+      `--timeout=120000 ${deadlock ? "-t deadlocks" : ""} ${files.join(" ")}`,
   });
   console.log(`\n== ${name}\n${guest.output}`);
   if (guest.exitCode !== 0) console.log(guest.dmesg.split("\n").slice(-40).join("\n"));
@@ -149,13 +171,14 @@ if (!options.quick) {
   // Two at a time: an emulated guest keeps about one of two processors busy. Longest first.
   await stage("device tests", async () => {
     // The oldest kernel has few tests, none of which depends on the runtime.
-    const jobs = runners.flatMap((ubd) => kernels.map((kernel) => ({ kernel, ubd })))
+    const jobs = runners.flatMap((ubd) => kernels.flatMap((kernel) => partsOf(kernel, ubd)))
       .filter(({ kernel, ubd }) => kernel !== "6.1" || ubd === "binary" || options.ubd);
     const lane = async () => {
-      for (let job = jobs.shift(); job; job = jobs.shift()) await deviceTests(job.kernel, job.ubd);
+      for (let job = jobs.shift(); job; job = jobs.shift()) await deviceTests(job);
     };
     await Promise.all([lane(), lane()]);
-    if (options.full) await deviceTests("newest", "binary", true);
+    const deadlock = { part: "", files: ["/ubd/tests/device/isolation_test.ts"], deadlock: true };
+    if (options.full) await deviceTests({ kernel: "newest", ubd: "binary", ...deadlock });
   });
   await stage("demo", () => program("bun", "tools/demo.ts"));
   await stage("bench", () => program("bun", "bench/bench.ts", "--quick"));
