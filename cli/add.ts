@@ -44,6 +44,7 @@ export interface AddOptions {
   unprivileged?: boolean;
   recovery?: RecoveryMode;
   supervise?: boolean;
+  watch?: boolean;
   partscan: boolean;
   rootStorage?: boolean;
   zeroCopy?: ZeroCopyWish;
@@ -152,6 +153,10 @@ export function defineAdd(program: Command): void {
     .addOption(
       new Option("--supervise", "start the server again when it dies; implies --recovery")
         .helpGroup(DEVICE),
+    )
+    .addOption(
+      new Option("--watch", "serve a module anew when it changes; implies --recovery")
+        .helpGroup(TARGET),
     )
     .addOption(
       new Option("--foreground", "serve here until Ctrl-C, then delete the device")
@@ -311,8 +316,13 @@ export function toSpec(
   if (options.need_get_data) {
     throw new UsageError("-g 1: ubd does not support NEED_GET_DATA yet; leave it out");
   }
-  if (options.supervise && options.foreground) {
-    throw new UsageError("--supervise is for servers in the background: leave out --foreground");
+  for (const name of ["supervise", "watch"] as const) {
+    if (options[name] && options.foreground) {
+      throw new UsageError(`--${name} is for servers in the background: leave out --foreground`);
+    }
+  }
+  if (options.watch && (!isModule(name) || options.supervise)) {
+    throw new UsageError("--watch is for a module such as ./x.ts, and without --supervise");
   }
   const lasting = {
     ...toRecovery(options),
@@ -379,13 +389,14 @@ function toDefinedTarget(
 }
 
 /** Our option, or the switches of `ublk`, of which reissue and fail each imply recovery. */
-function toRecovery(options: AddOptions): Pick<ServerSpec, "recovery" | "supervise"> {
+function toRecovery(options: AddOptions): Pick<ServerSpec, "recovery" | "supervise" | "watch"> {
   const { user_recovery: wait, user_recovery_reissue: reissue, user_recovery_fail_io: fail } =
     options;
   if (reissue && fail) throw new UsageError("-i 1 and -e 1 exclude each other");
   const recovery = options.recovery ??
     (reissue ? "reissue" : fail ? "fail" : wait ? "wait" : undefined);
   if (options.supervise) return { recovery: recovery ?? "reissue", supervise: true };
+  if (options.watch) return { recovery: recovery ?? "reissue", watch: true };
   return recovery ? { recovery } : {};
 }
 

@@ -68,7 +68,12 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
   }
   await Device.quiesce(control, id);
   checkpoint("quiesced");
-  await show(await startServer({ ...spec as ServerSpec, recover: id }), options);
+  try {
+    await show(await startServer({ ...spec as ServerSpec, recover: id }), options);
+  } catch (error) {
+    process.stderr.write(`ubd: device ${id} waits for a server: ubd recover -n ${id}\n`);
+    throw error;
+  }
 }
 
 /** @returns the device's flags. @throws {UblkError} what device or kernel lacks. */

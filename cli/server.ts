@@ -27,7 +27,7 @@ import {
   UBLK_F_USER_RECOVERY_FAIL_IO,
   UBLK_F_USER_RECOVERY_REISSUE,
 } from "../abi/ublk_cmd.ts";
-import { Control } from "../core/control.ts";
+import { Control, lackError } from "../core/control.ts";
 import { Device, type DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import {
@@ -49,6 +49,7 @@ import { queueThreadEntry } from "../targets/queue_thread.ts";
 import { EXIT, type Failure, toFailure } from "./exit.ts";
 import { supervise } from "./supervise.ts";
 import { surviveShutdown } from "./systemd.ts";
+import { watchModule } from "./watch.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
@@ -61,6 +62,8 @@ export interface ServerSpec {
   recovery?: RecoveryMode;
   /** A process of its own starts the server again when it dies. */
   supervise?: boolean;
+  /** The module is served anew when it changes. */
+  watch?: boolean;
   /** A root file system may lie on it: the server must outlive all other processes. */
   rootStorage?: boolean;
   /** The device of a user without privileges, who alone may open and control it, besides root. */
@@ -151,6 +154,7 @@ export async function serve(
   const { recover, supervisor, ...lasting } = spec;
   const { compInTask, noPartScan, ...options } = spec.device;
   const predecessor = recover === undefined ? undefined : readState(recover)?.pid;
+  if (spec.watch && !quiescible(control)) throw lackError(UBLK_F_QUIESCE, "watch the module");
   const target = await openTarget(control, spec, log);
   const served = { targetName, target, queueThreadEntry, log };
   const device = recover === undefined
@@ -174,6 +178,7 @@ export async function serve(
     });
   const { id } = device.info;
   process.on(STOPPING_SIGNAL, () => device.stopping());
+  if (spec.watch) watchModule(id, (spec.target.options as unknown as ModuleSpec).file, log);
   const notes = [...target.notes, ...device.notes];
   if (device.info.queues < options.queues) {
     notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);

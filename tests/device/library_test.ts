@@ -174,3 +174,36 @@ deviceTest("a handler that loops for ever: list says LIVE, and del --force remov
   await gone(device);
   scene.forget(device);
 });
+
+deviceTest("--watch serves a changed module, a broken one is not taken, and no I/O fails", {
+  anyKernel: true,
+}, async (scene) => {
+  const filled = (byte: number) =>
+    `export default { size: 1024 ** 2, read: ({ buffer }) => void buffer.fill(${byte}) };`;
+  const file = moduleFile(scene, "watched.ts", filled(1));
+  const device = await scene.add(file, "--watch");
+  const read = () =>
+    scene.sh(
+      `dd if=${device.path} bs=4k count=1 iflag=direct status=none | od -An -tx1 | head -1 | cut -c2-3`,
+    );
+  const reader = scene.start([
+    ..."fio --name=r --rw=randread --bs=4k --iodepth=4 --ioengine=libaio --direct=1".split(" "),
+    ...["--time_based", "--runtime=600", `--filename=${device.path}`],
+  ]);
+  let running = true;
+  reader.ended.finally(() => running = false);
+  assert.equal(await read(), "01");
+
+  moduleFile(scene, "watched.ts", filled(2));
+  assert.ok(await until(async () => await read() === "02", 60_000), "never served anew");
+  moduleFile(scene, "watched.ts", "export default {");
+  const refused = async () => (await scene.sh("dmesg")).includes("has changed, and is not taken");
+  assert.ok(await until(refused, 60_000), "nobody told");
+  assert.equal(await read(), "02");
+  moduleFile(scene, "watched.ts", filled(3));
+  assert.ok(await until(async () => await read() === "03", 60_000), "not after a mistake");
+  assert.ok(running, reader.output());
+  reader.kill("SIGTERM");
+  await reader.ended;
+  await scene.del(device);
+});

@@ -168,6 +168,9 @@ test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT,
     ubd("add", "https://h/x", "--help").stdout,
     /Options of http:\n {2}--opt url=STRING/,
   );
+  mistake(["add", "null", "--watch"], /^ubd: --watch is for a module/);
+  mistake(["add", "./x.ts", "--watch", "--supervise"], /^ubd: --watch is for a module/);
+  mistake(["add", "./x.ts", "--watch", "--foreground"], /^ubd: --watch is for servers/);
   mistake(["add", "./no.ts", "--help"], /^ubd: Cannot load .*no.ts: /);
   mistake(["add", "null", "-t", "null"], 'Name the target once: "null", or -t null');
   mistake(["add", "loop", "/a", "-f", "/b"], 'Name the file once: "/a", or -f /b');
