@@ -384,7 +384,8 @@ export async function spawnServer(
     }
     return undefined;
   })();
-  answered.catch(() => {}); // Its rejection is awaited below, unless the other one came first.
+  // One of them is awaited below; the other one may fail after that.
+  for (const late of [answered, unstarted.promise]) late.catch(() => {});
   const outcome = await Promise.race([answered, unstarted.promise]) ?? await died.promise;
   if (outcome?.type === "live" && !interrupted) {
     child.stdout.destroy();
