@@ -72,8 +72,11 @@ export type KernelName = keyof typeof KERNELS;
 /** Drivers outside of this list serve hardware that no guest has. */
 const DRIVERS = ["block", "char", "dax", "md", "nvme", "scsi", "virtio"];
 
-/** What the initrd needs to reach the root file system and the host's directories. */
-const INITRD_MODULES = ["virtio_blk", "ext4", "9p", "9pnet_virtio"];
+/**
+ * What the initrd needs to reach the root file system and the host's directories. On 6.1 virtio_pci
+ * is a module.
+ */
+const INITRD_MODULES = ["virtio_pci", "virtio_blk", "ext4", "9p", "9pnet_virtio"];
 
 /** In the root file system besides Debian's essential packages. */
 const ROOT_PACKAGES = [

@@ -31,7 +31,8 @@ printf '#!/bin/sh\nexec %s "$@"\n' "$UBD_COMMAND" > /usr/local/bin/ubd
 chmod +x /usr/local/bin/ubd
 
 /lib/systemd/systemd-udevd --daemon --children-max=4
-modprobe -a loop $UBD_MODULES
+# On 6.1 the driver of the command's channel is a module.
+modprobe -a loop virtio_console $UBD_MODULES
 # Not every device there is: drivers for all of the machine would cost seconds to load.
 udevadm trigger --action=add --subsystem-match=block --subsystem-match=misc \
   --subsystem-match=virtio-ports
