@@ -37,9 +37,6 @@ import { UblkError } from "./error.ts";
 
 const O_RDWR = 2;
 
-/** No device answers to this id: 2^20 ids exist. */
-const ID_NONE = 0xffff_fffe;
-
 /** How long a command may take, in milliseconds. Stopping waits for I/O in flight. */
 const DEADLINE_MS: Partial<Record<ControlCommand, number>> = {
   START_DEV: 60_000,
@@ -117,7 +114,7 @@ export class Control implements Disposable {
     this.shim.native.ubd_close(this.#fd);
   }
 
-  /** GET_FEATURES says most; a kernel without it is asked for a device that cannot exist. */
+  /** GET_FEATURES says most; a kernel without it is asked for a device without saying which. */
   async #probeEncoding(): Promise<void> {
     if (!this.dialect.hasCommand("GET_FEATURES")) {
       this.#ioctlEncoded = false;
@@ -129,9 +126,8 @@ export class Control implements Disposable {
       this.#features = new DataView(payload.buffer).getBigUint64(0, true);
       return;
     }
-    const probe = { deviceId: ID_NONE, payload: new Uint8Array(this.dialect.infoSize) };
-    const answer = await this.#run("GET_DEV_INFO", probe);
-    this.#ioctlEncoded = answer === -ERRNO.ENODEV;
+    // Who knows this opcode misses its payload; to the others all unknown ones lack a device.
+    this.#ioctlEncoded = await this.#run("ADD_DEV", {}) === -ERRNO.EINVAL;
   }
 
   /** Bits of UBLK_F_*; undefined where the kernel (before 6.5) cannot say. */
