@@ -8,6 +8,7 @@
 import { readdirSync, readFileSync } from "node:fs";
 import type { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
+import { contents } from "../core/proc.ts";
 import { type DeviceState, readState } from "../core/state.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import type { TargetFacts } from "../core/target.ts";
@@ -113,10 +114,16 @@ export async function knownParams(control: Control, id: number) {
   }
 }
 
+/** Of a device whose driver does not tell them, as 6.1's: "0:0" when it is not there. */
+function numbers(directory: string): string {
+  return contents(`${directory}/dev`).trim() || "0:0";
+}
+
 /** @throws {UblkError} ENODEV: no device has this id. */
 export async function describeDevice(control: Control, id: number): Promise<DeviceFacts> {
   const info = await control.getDeviceInfo(id);
   const params = await knownParams(control, id);
+  const devt = params?.devt;
   const state = readState(id);
   // A device that waits for a server keeps the last one's id: it may be another process's by now.
   const waits = info.state === UBLK_S_DEV_QUIESCED || info.state === UBLK_S_DEV_FAIL_IO;
@@ -138,8 +145,12 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
     pid,
     flags: `0x${info.flags.toString(16)}`,
     features: FLAGS.filter(([, bit]) => info.flags >> BigInt(bit) & 1n).map(([name]) => name),
-    char: `${params?.devt.char_major ?? 0}:${params?.devt.char_minor ?? 0}`,
-    block: `${params?.devt.disk_major ?? 0}:${params?.devt.disk_minor ?? 0}`,
+    char: devt?.char_major
+      ? `${devt.char_major}:${devt.char_minor}`
+      : numbers(`/sys/class/${control.dialect.charClass}/${control.dialect.charName(id)}`),
+    block: devt?.disk_major
+      ? `${devt.disk_major}:${devt.disk_minor}`
+      : numbers(`/sys/block/${control.dialect.blockName(id)}`),
     owner: { uid: info.ownerUid, gid: info.ownerGid },
     queueThreads: served
       ? state.queues.map((queue) => ({

@@ -14,6 +14,7 @@ async function sums(scene: Scene, point: string): Promise<string> {
 async function surviveUnmounts(scene: Scene, type: keyof typeof MAKE): Promise<void> {
   const image = scene.image(`${type}.img`, type === "xfs" ? 320 << 20 : scaled(64, 192) << 20);
   const device = await scene.add("loop", image, "-q", "2");
+  assert.match(device.stdout, /ublkc: [1-9]\d*:\d+ ublkb: [1-9]\d*:\d+/);
   await scene.sh(`${MAKE[type]} ${device.path}`);
   const point = join(scene.directory, "point");
   const written = await scene.sh(

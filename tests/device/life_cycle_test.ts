@@ -102,9 +102,7 @@ deviceTest("features are told in ublk's format", {}, async (scene) => {
   assert.match(stdout, /^\tUSER_RECOVERY {7}: 0x8$/m);
 });
 
-deviceTest("queues and depth are as the driver made them, and all serve", {
-  oldest: true,
-}, async (scene) => {
+deviceTest("queues and depth are as the driver made them, and all serve", {}, async (scene) => {
   const image = scene.image("disk.img", 32 << 20);
   for (const [queues, depth] of scaled([[4, 4096], [2, 1]], [[4, 4096], [2, 1], [1, 128]])) {
     const device = await scene.add("loop", image, "-q", `${queues}`, "-d", `${depth}`);
