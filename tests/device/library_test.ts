@@ -104,7 +104,7 @@ const make = (ms: number) => {
   });
 };
 await using one = await createDevice(make(0), { queues: 1 });
-await using two = await createDevice(make(1), { queues: 2 });
+await using two = await createDevice(make(50), { queues: 2 });
 console.log(one.path);
 console.log(two.path);
 await Promise.all([one.closed, two.closed]);
