@@ -109,7 +109,7 @@ interface Job {
 /** The most that one guest can do in about ten minutes, so that both lanes end together. */
 function partsOf(kernel: KernelName, ubd: Runner): Job[] {
   const all = readdirSync(join(ROOT, "tests/device")).filter((name) => name.endsWith("_test.ts"));
-  const count = ubd !== "binary" || kernel === "6.1" ? 1 : kernel === "newest" ? 3 : 2;
+  const count = ubd !== "binary" || kernel === "6.1" ? 1 : kernel === "newest" ? 4 : 2;
   return Array.from({ length: count }, (_, index) => ({
     kernel,
     ubd,

@@ -73,8 +73,8 @@ export type KernelName = keyof typeof KERNELS;
 const DRIVERS = ["block", "char", "dax", "md", "nvme", "scsi", "virtio"];
 
 /**
- * What the initrd needs to reach the root file system and the host's directories. On 6.1 virtio_pci
- * is a module.
+ * What the initrd needs to reach the root file system and the host's directories. Some of it is
+ * built into some kernels: virtio_pci is a module in 6.1 only.
  */
 const INITRD_MODULES = ["virtio_pci", "virtio_blk", "ext4", "9p", "9pnet_virtio"];
 
@@ -197,8 +197,12 @@ async function makeInitrd(directory: string, release: string): Promise<void> {
   chmodSync(join(initrd, "init"), 0o755);
 
   const order: string[] = [];
-  const base = ["-d", join(directory, "root"), "-S", release];
-  const insmods = await run("modprobe", [...base, "--show-depends", "-a", ...INITRD_MODULES]);
+  const root = join(directory, "root");
+  const files = readdirSync(join(root, "lib/modules", release), { recursive: true });
+  const names = files.map((file) => basename(`${file}`).replace(/\.ko(\.\w+)?$/, ""));
+  const loadable = INITRD_MODULES.filter((name) => names.includes(name));
+  const base = ["-d", root, "-S", release];
+  const insmods = await run("modprobe", [...base, "--show-depends", "-a", ...loadable]);
   for (const line of insmods.split("\n")) {
     const path = line.match(/^insmod (\S+)/)?.[1];
     if (!path) continue;

@@ -148,29 +148,33 @@ deviceTest("offsets beyond 4 GiB arrive where they belong", { anyKernel: true },
   );
 });
 
-deviceTest("block devices and 4096-byte blocks serve as backing", {}, async (scene) => {
-  const bytes = 24 * MIB;
-  const large = await scene.losetup("-b 4096", scene.image("disk.img", bytes));
-  const onDevice = await scene.add("loop", large);
-  assert.equal(queueSetting(onDevice, "logical_block_size"), "4096");
-  assert.match(onDevice.stderr, /direct I\/O/);
-  const busy = await scene.ubd("add", "loop", large);
-  assert.equal(busy.code, 4, busy.stderr);
+deviceTest(
+  "block devices and 4096-byte blocks serve as backing",
+  { anyKernel: true },
+  async (scene) => {
+    const bytes = 24 * MIB;
+    const large = await scene.losetup("-b 4096", scene.image("disk.img", bytes));
+    const onDevice = await scene.add("loop", large);
+    assert.equal(queueSetting(onDevice, "logical_block_size"), "4096");
+    assert.match(onDevice.stderr, /direct I\/O/);
+    const busy = await scene.ubd("add", "loop", large);
+    assert.equal(busy.code, 4, busy.stderr);
 
-  // A device of ubd on a device of ubd, with a file system on top.
-  const onTop = await scene.add("loop", onDevice.path);
-  await scene.sh(`mkfs.ext4 -q ${onTop.path}`);
-  const point = await scene.mount("point", onTop.path);
-  await scene.sh(
-    `head -c 4M /dev/urandom > ${point}/data; sha256sum < ${point}/data > sum
+    // A device of ubd on a device of ubd, with a file system on top.
+    const onTop = await scene.add("loop", onDevice.path);
+    await scene.sh(`mkfs.ext4 -q ${onTop.path}`);
+    const point = await scene.mount("point", onTop.path);
+    await scene.sh(
+      `head -c 4M /dev/urandom > ${point}/data; sha256sum < ${point}/data > sum
      umount ${point}; blockdev --flushbufs ${onTop.path}`,
-  );
-  await scene.del(onTop);
-  await scene.del(onDevice);
-  const image = join(scene.directory, "disk.img");
-  await scene.sh(`losetup -d ${large}; mount -o loop,ro ${image} ${point}
+    );
+    await scene.del(onTop);
+    await scene.del(onDevice);
+    const image = join(scene.directory, "disk.img");
+    await scene.sh(`losetup -d ${large}; mount -o loop,ro ${image} ${point}
     sha256sum < ${point}/data | cmp - sum`);
-});
+  },
+);
 
 deviceTest(
   "what refuses direct I/O is served buffered, and add says why",

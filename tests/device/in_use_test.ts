@@ -14,6 +14,7 @@ async function refuses(scene: Scene, device: Added, user: RegExp): Promise<void>
 }
 
 deviceTest("del refuses a device that is mounted, swap, held or open, and names who", {
+  anyKernel: true,
   limitS: 240,
 }, async (scene) => {
   const device = await scene.add("loop", scene.image("disk", 64 << 20));

@@ -58,6 +58,7 @@ deviceTest("the server has its own mounts, and no other's; its threads flush I/O
 });
 
 deviceTest("a server with --mlock keeps its memory locked, and serves", {
+  anyKernel: true,
   everywhere: "newest",
 }, async (scene) => {
   if (RUNNER === "deno") {

@@ -169,6 +169,7 @@ deviceTest("a device added again and again leaks nothing in its process", {
 });
 
 deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {
+  anyKernel: true,
   everywhere: "newest",
 }, async (scene) => {
   const job = scene.start(["ubd", "add", "null", "--foreground"]);
@@ -183,6 +184,7 @@ deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {
 });
 
 deviceTest("$(ubd add) returns; the server holds nothing of its caller's", {
+  anyKernel: true,
   everywhere: "newest",
 }, async (scene) => {
   const victim = join(scene.directory, "victim");

@@ -130,6 +130,7 @@ deviceTest(
 );
 
 deviceTest("a full or shortened backing fails its requests, and the device lives on", {
+  anyKernel: true,
   limitS: 240,
 }, async (scene) => {
   const point = await scene.mount("point", "-t tmpfs -o size=4M tmpfs");
@@ -165,24 +166,28 @@ deviceTest("a full or shortened backing fails its requests, and the device lives
   );
 });
 
-deviceTest("no io_uring and no driver each have a message of their own", {}, async (scene) => {
-  const sysctl = "/proc/sys/kernel/io_uring_disabled";
-  scene.finally(() => scene.sh(`echo 0 > ${sysctl}; modprobe ublk_drv`));
-  await scene.sh(`echo 2 > ${sysctl}`);
-  const disabled = /set up a ring: EPERM.*sysctl kernel\.io_uring_disabled=0/;
-  await allFail(scene, [
-    ["ubd add null", EXIT.NO_DRIVER, disabled],
-    ["ubd list", EXIT.NO_DRIVER, disabled],
-  ]);
-  await scene.sh(`echo 0 > ${sysctl}; rmmod ublk_drv`);
-  const absent = /open the control device: ENOENT.*modprobe ublk_drv/;
-  await allFail(scene, [
-    ["ubd add null", EXIT.NO_DRIVER, absent],
-    ["ubd del -a", EXIT.NO_DRIVER, absent],
-  ]);
-  await scene.sh("modprobe ublk_drv; udevadm settle");
-  if (FULL) await scene.add("null");
-});
+deviceTest(
+  "no io_uring and no driver each have a message of their own",
+  { anyKernel: true },
+  async (scene) => {
+    const sysctl = "/proc/sys/kernel/io_uring_disabled";
+    scene.finally(() => scene.sh(`echo 0 > ${sysctl}; modprobe ublk_drv`));
+    await scene.sh(`echo 2 > ${sysctl}`);
+    const disabled = /set up a ring: EPERM.*sysctl kernel\.io_uring_disabled=0/;
+    await allFail(scene, [
+      ["ubd add null", EXIT.NO_DRIVER, disabled],
+      ["ubd list", EXIT.NO_DRIVER, disabled],
+    ]);
+    await scene.sh(`echo 0 > ${sysctl}; rmmod ublk_drv`);
+    const absent = /open the control device: ENOENT.*modprobe ublk_drv/;
+    await allFail(scene, [
+      ["ubd add null", EXIT.NO_DRIVER, absent],
+      ["ubd del -a", EXIT.NO_DRIVER, absent],
+    ]);
+    await scene.sh("modprobe ublk_drv; udevadm settle");
+    if (FULL) await scene.add("null");
+  },
+);
 
 deviceTest("ids with nothing behind them are not id 0", { anyKernel: true }, async (scene) => {
   const device = await scene.add("null", "-n", "0");

@@ -21,6 +21,7 @@ async function waiting(scene: Scene, image: string, tail = "exec sleep 600") {
 }
 
 deviceTest("run gives the command its device, keeps its exit code, and leaves nothing", {
+  anyKernel: true,
   everywhere: "newest",
 }, async (scene) => {
   const image = scene.image("disk", 8 << 20);
@@ -43,6 +44,7 @@ deviceTest("run gives the command its device, keeps its exit code, and leaves no
 });
 
 deviceTest("run hands signals on, and its device goes with the command or with itself", {
+  anyKernel: true,
   limitS: 240,
 }, async (scene) => {
   const image = scene.image("disk", 8 << 20);
@@ -72,6 +74,7 @@ deviceTest("run hands signals on, and its device goes with the command or with i
 });
 
 deviceTest("run says who still uses its device, and it goes when they are done", {
+  anyKernel: true,
   limitS: 240,
 }, async (scene) => {
   const image = scene.image("disk", 64 << 20);

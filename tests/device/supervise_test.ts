@@ -113,7 +113,7 @@ deviceTest("what is deleted while its supervised server is dead stays deleted", 
   assert.equal((await scene.ubd("list", "-n", `${device.id}`)).code, 3);
 });
 
-deviceTest("an upgrade replaces the supervisor too", {}, async (scene) => {
+deviceTest("an upgrade replaces the supervisor too", { anyKernel: true }, async (scene) => {
   const device = await scene.add("null", "--supervise");
   const before = supervisorOf(device);
   const { code, stdout, stderr } = await scene.ubd("upgrade", `${device.id}`);

@@ -158,6 +158,7 @@ deviceTest("where nobody makes device nodes, root's server does, and removes the
 });
 
 deviceTest("the walk-through of docs/containers.md does what it says", {
+  anyKernel: true,
   skip: RUNNER !== "binary" && "it copies the executable",
 }, async (scene) => {
   const text = readFileSync(join(import.meta.dirname!, "../../docs/containers.md"), "utf8");
