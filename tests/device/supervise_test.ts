@@ -87,7 +87,7 @@ deviceTest("a supervisor gives up after some deaths, and says so", {
   process.kill(device.pid, "SIGKILL");
   assert.ok(await until(() => servers().length === 0, 60_000), "it tries for ever");
   const lines = scene.kernelLines().filter((line) => line.includes("ubd["));
-  assert.match(lines.at(-1)!, new RegExp(`gives up device ${device.id}: .*ubd recover`));
+  assert.match(lines.at(-1)!, new RegExp(`gives up device ${device.id} after 5 .*ubd recover`));
   const { state, pid, target } = await facts(scene, device);
   assert.deepEqual([state, pid, target.backing_file], ["QUIESCED", -1, image]);
   renameSync(`${image}.away`, image);
