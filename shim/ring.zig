@@ -30,6 +30,8 @@ const setup_sqe128: u32 = 1 << 10;
 const setup_single_issuer: u32 = 1 << 12;
 const setup_defer_taskrun: u32 = 1 << 13;
 const sq_taskrun: u32 = 1 << 2;
+/// IO_LOCAL_TW_DEFAULT_MAX of the kernel.
+const task_work_batch = 20;
 
 const op_nop = 0;
 const op_fsync = 3;
@@ -250,9 +252,13 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
         if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN and result != -sys.EBUSY) {
             return result;
         }
-        // The kernel runs 20 items at a time, and rings the eventfd no more for what is left.
-        while (!wait and pending(&queue.ring) == 0 and moreToRun(&queue.ring)) {
+        // The kernel runs 20 items at a time, and rings the eventfd no more for what is left. Not
+        // until the flag is gone: whoever adds an item sets it last, when the item may have been
+        // run already, and then nothing clears it before the next one. The eventfd is rung after.
+        var enters = queue.capacity / task_work_batch + 2;
+        while (!wait and pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
             if (io_uring_get_events(&queue.ring) < 0) break;
+            enters -= 1;
         }
     }
     return drain(queue);
