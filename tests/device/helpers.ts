@@ -133,9 +133,9 @@ export interface Added {
  * Declares a test with a scene of its own.
  *
  * @param options.limitS how long the body may take; 180 unless given.
- * @param options.everywhere also as Bun and Deno from source, on all kernels or on the newest; the
- * others run so at full scale only, because a guest is slow and most of what they test does not
- * depend on the runtime.
+ * @param options.everywhere also as Bun and Deno from source, on all kernels; or as Deno on the
+ * newest, since the executable is Bun's. The others run so at full scale only, because a guest is
+ * slow and most of what they test does not depend on the runtime.
  * @param options.anyKernel does not depend on the kernel: older ones run it at full scale only.
  * @param options.oldest also on 6.1, which lacks most features; nothing else runs there.
  * @param options.skip another reason not to run.
@@ -144,7 +144,7 @@ export function deviceTest(
   name: string,
   options: {
     limitS?: number;
-    everywhere?: boolean | "newest";
+    everywhere?: boolean | "deno";
     anyKernel?: boolean;
     oldest?: boolean;
     skip?: string | false;
@@ -152,7 +152,8 @@ export function deviceTest(
   body: (scene: Scene) => Promise<void>,
 ): void {
   const limitMs = (options.limitS ?? 180) * 1000;
-  const here = options.everywhere === true || options.everywhere && KERNEL === "newest";
+  const onDeno = KERNEL === "newest" && RUNNER === "deno";
+  const here = options.everywhere === true || options.everywhere === "deno" && onDeno;
   const elsewhere = !here && !FULL && RUNNER !== "binary" &&
     "at small scale, only as the executable";
   const oldest = KERNEL === "6.1" && !options.oldest && "not on Linux 6.1";

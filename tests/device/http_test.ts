@@ -80,7 +80,7 @@ const dropCaches = (scene: Scene) => scene.sh("echo 3 > /proc/sys/vm/drop_caches
 
 deviceTest(
   "http: all files of an ext4 image are right, and reading waits while nginx is away",
-  { ...OPTIONS, everywhere: "newest" },
+  { ...OPTIONS, everywhere: "deno" },
   async (scene) => {
     const site = await siteWithImage(scene);
     const device = await scene.add(`${SITE}/slow/disk.img`);

@@ -29,7 +29,7 @@ function threadFlags(pid: number, tid: number | string): number {
 const PF_MEMALLOC_NOIO = 0x80000;
 
 deviceTest("the server has its own mounts, and no other's; its threads flush I/O", {
-  everywhere: "newest",
+  everywhere: "deno",
   oldest: true,
 }, async (scene) => {
   const point = await scene.mount("point", "-t tmpfs tmpfs");
@@ -59,7 +59,7 @@ deviceTest("the server has its own mounts, and no other's; its threads flush I/O
 
 deviceTest("a server with --mlock keeps its memory locked, and serves", {
   anyKernel: true,
-  everywhere: "newest",
+  everywhere: "deno",
 }, async (scene) => {
   if (RUNNER === "deno") {
     const { code, stderr } = await scene.ubd("add", "null", "--mlock");

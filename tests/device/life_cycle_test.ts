@@ -172,7 +172,7 @@ deviceTest("a device added again and again leaks nothing in its process", {
 
 deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {
   anyKernel: true,
-  everywhere: "newest",
+  everywhere: "deno",
 }, async (scene) => {
   const job = scene.start(["ubd", "add", "null", "--foreground"]);
   assert.ok(await until(() => / is live: /.test(job.output()), 60_000), job.output());
@@ -187,7 +187,7 @@ deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {
 
 deviceTest("$(ubd add) returns; the server holds nothing of its caller's", {
   anyKernel: true,
-  everywhere: "newest",
+  everywhere: "deno",
 }, async (scene) => {
   const victim = join(scene.directory, "victim");
   writeFileSync(victim, "precious");
