@@ -71,7 +71,6 @@ deviceTest("SIGTERM to the server under load ends the I/O and deletes the device
 
 deviceTest("kill -9 under load leaves a DEAD device, which list shows and del removes", {
   limitS: scaled(180, 1800),
-  everywhere: "deno",
 }, async (scene) => {
   await inPairs(scaled(2, 20), async (round) => {
     const device = await addFor(scene, round);

@@ -22,7 +22,6 @@ async function waiting(scene: Scene, image: string, tail = "exec sleep 600") {
 
 deviceTest("run gives the command its device, keeps its exit code, and leaves nothing", {
   anyKernel: true,
-  everywhere: "deno",
 }, async (scene) => {
   const image = scene.image("disk", 8 << 20);
   const script = "echo {} $UBD_DEVICE; cat >&2 <&0; printf hi | dd of=$1 status=none; exit 7";

@@ -34,7 +34,6 @@ deviceTest("the manager is told when the device is LIVE, and SIGTERM deletes it"
 });
 
 deviceTest("a server in the background is marked as root storage only when it is told", {
-  everywhere: "deno",
   anyKernel: true,
 }, async (scene) => {
   const first = (pid: number) => readFileSync(`/proc/${pid}/cmdline`, "latin1")[0];
