@@ -155,8 +155,8 @@ deviceTest("a handler that calls process.exit leaves a device that list and del 
   anyKernel: true,
 }, async (scene) => {
   const device = await scene.add(moduleFile(scene, "exits.ts", bad("process.exit(3);")));
-  const { code } = await scene.run(["dd", ...READ_BAD.replace("%s", device.path).split(" ")]);
-  assert.equal(code, 1, "the read fails");
+  // A thread that is told to end may come to the end of the handler first: the read fails, or not.
+  await scene.run(["dd", ...READ_BAD.replace("%s", device.path).split(" ")]);
   let list = "";
   const dead = async () => {
     list = (await scene.ubd("list", "-n", `${device.id}`)).stdout;
