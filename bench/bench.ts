@@ -108,7 +108,7 @@ function parseCommandLine(args: string[]): Options | undefined {
   };
 }
 
-/** Builds dist/ubd when it is older than its sources: another guest may be running it. */
+/** Builds shim and dist/ubd when older than their sources: another guest may be running them. */
 async function ensureBuilt(): Promise<void> {
   const binary = join(ROOT, "dist/ubd");
   const files = SOURCES.flatMap((directory) =>
@@ -131,7 +131,6 @@ function guestTimeoutS(plan: Plan): number {
 }
 
 async function measureInGuest(plan: Plan, directory: string): Promise<Report> {
-  await ensureBuilt();
   const { versions, present } = await providePrograms(plan.programs, directory);
   writeFileSync(join(directory, PLAN_FILE), JSON.stringify({ ...plan, programs: present }));
   const result = await runInGuest({
@@ -168,6 +167,7 @@ async function bench({ plan, ring, guest, write, json }: Options): Promise<numbe
   const directory = mkdtempSync(join(tmpdir(), "ubd-bench-"));
   try {
     const empty = { measurements: [], versions: {} };
+    await ensureBuilt();
     const native = ring ? await measureRing(plan, directory) : empty;
     const guests: Report = guest
       ? await measureInGuest(plan, directory)
