@@ -24,7 +24,9 @@
 import { setImmediate } from "node:timers";
 import { ERRNO } from "../abi/errno.ts";
 import { UBLK_IO_F_NEED_REG_BUF, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
+import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
 import {
+  COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FALLOCATE,
   COMMAND_FETCH,
@@ -35,12 +37,13 @@ import {
   COMMAND_WAKE,
   COMMAND_WRITE,
   COMMAND_WRITE_ZEROES,
+  EVENT_BYTES,
   EVENT_REQUEST,
   EVENT_WAKE,
   type QueueConfig,
   type QueueMemory,
-  RECORD_BYTES,
   type Shim,
+  TAG_BITS,
 } from "../ffi/mod.ts";
 import { assert, AssertionError } from "./assert.ts";
 import { UblkError } from "./error.ts";
@@ -53,9 +56,14 @@ const SERVING = 2;
 const RETIRED = 3;
 const REGISTERING = 4;
 const UNREGISTERING = 5;
+/** Serving a request whose buffer this queue has registered, and unregisters. */
+const SERVING_REGISTERED = 6;
 
-const WORDS = RECORD_BYTES / 4;
-const FLOATS = RECORD_BYTES / 8;
+const COMMAND_WORDS = COMMAND_BYTES / 4;
+const COMMAND_FLOATS = COMMAND_BYTES / 8;
+const EVENT_WORDS = EVENT_BYTES / 4;
+const DESCRIPTOR_WORDS = UBLKSRV_IO_DESC.size / 4;
+const TAG_MASK = (1 << TAG_BITS) - 1;
 
 export const SECTOR_BYTES = 512;
 
@@ -68,19 +76,15 @@ export class Queue implements Disposable {
   readonly #commandWords: Int32Array;
   readonly #commandFloats: Float64Array;
   readonly #eventWords: Int32Array;
-  readonly #eventFloats: Float64Array;
+  /** The driver's: a tag's words stand from its request's arrival until the commit. */
+  readonly #descriptors: Int32Array;
   /** The data of each tag. */
   readonly #data: Uint8Array<ArrayBuffer>[];
   readonly #state: Uint8Array;
-  readonly #opFlags: Uint32Array;
-  readonly #sectors: Uint32Array;
-  readonly #startSector: Float64Array;
   readonly #stats: Float64Array;
   /** Every READ and WRITE is to be registered here; else those the driver has marked. */
   readonly #registersAll: boolean;
   readonly #copies: boolean;
-  /** 1: this queue registered the tag's buffer, and unregisters it. */
-  readonly #registered: Uint8Array;
   /** What a request is answered with once its buffer is unregistered. */
   readonly #results: Int32Array;
   #commandCount = 0;
@@ -105,7 +109,7 @@ export class Queue implements Disposable {
     this.#commandWords = new Int32Array(memory.commands);
     this.#commandFloats = new Float64Array(memory.commands);
     this.#eventWords = new Int32Array(memory.events);
-    this.#eventFloats = new Float64Array(memory.events);
+    this.#descriptors = new Int32Array(memory.descriptors);
     this.#copies = config.zeroCopy === undefined;
     this.#data = Array.from(
       { length: this.#copies ? config.depth : 0 },
@@ -113,11 +117,7 @@ export class Queue implements Disposable {
     );
     this.#stats = stats;
     this.#state = new Uint8Array(config.depth);
-    this.#opFlags = new Uint32Array(config.depth);
-    this.#sectors = new Uint32Array(config.depth);
-    this.#startSector = new Float64Array(config.depth);
     this.#registersAll = config.zeroCopy !== undefined && !config.zeroCopy.automatic;
-    this.#registered = new Uint8Array(config.depth);
     this.#results = new Int32Array(config.depth);
   }
 
@@ -141,22 +141,24 @@ export class Queue implements Disposable {
 
   /** The request's operation: UBLK_IO_OP_*. */
   op(tag: number): number {
-    return this.#opFlags[tag]! & 0xff;
+    return this.#descriptors[tag * DESCRIPTOR_WORDS]! & 0xff;
   }
 
   /** The request's flags as the header defines them: test with UBLK_IO_F_*, never shifted. */
   flags(tag: number): number {
-    return this.#opFlags[tag]!;
+    return this.#descriptors[tag * DESCRIPTOR_WORDS]! >>> 0;
   }
 
   /** Length in bytes. Exact; a DISCARD may have up to 2 TiB. */
   bytes(tag: number): number {
-    return this.#sectors[tag]! * SECTOR_BYTES;
+    return (this.#descriptors[tag * DESCRIPTOR_WORDS + 1]! >>> 0) * SECTOR_BYTES;
   }
 
   /** Where on the device the request starts, in bytes. Exact below 2^53. */
   offset(tag: number): number {
-    return this.#startSector[tag]! * SECTOR_BYTES;
+    const low = this.#descriptors[tag * DESCRIPTOR_WORDS + 2]! >>> 0;
+    const high = this.#descriptors[tag * DESCRIPTOR_WORDS + 3]!;
+    return (high * 2 ** 32 + low) * SECTOR_BYTES;
   }
 
   /**
@@ -193,21 +195,22 @@ export class Queue implements Disposable {
    * retry, so both become EIO, as does a count that exceeds the request.
    */
   commit(tag: number, result: number): void {
-    assert(this.#state[tag] === SERVING, "commit of a tag that serves no request");
+    const state = this.#state[tag]!;
+    const registered = state === SERVING_REGISTERED;
+    assert(registered || state === SERVING, "commit of a tag that serves no request");
     const op = this.op(tag);
     if (op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE) {
       if (result === 0 || result > this.bytes(tag)) result = -ERRNO.EIO;
     }
     if (result === -ERRNO.EAGAIN) result = -ERRNO.EIO;
     countRequest(this.#stats, op, result);
-    if (this.#registered[tag]) {
-      this.#registered[tag] = 0;
+    if (registered) {
       this.#results[tag] = result;
       this.#state[tag] = UNREGISTERING;
-      this.#command(COMMAND_UNREGISTER, tag, 0, 0);
+      this.#command(COMMAND_UNREGISTER, tag, 0);
     } else {
       this.#state[tag] = FETCHED;
-      this.#command(COMMAND_COMMIT, tag, result, 0);
+      this.#command(COMMAND_COMMIT, tag, result);
     }
     this.#goOn();
   }
@@ -220,8 +223,7 @@ export class Queue implements Disposable {
 
   /** Reads a file into the tag's buffer. `resume` gets bytes or -errno. */
   read(tag: number, fd: number, bufferOffset: number, bytes: number, fileOffset: number): void {
-    const at = this.#command(COMMAND_READ, tag, fd, 0);
-    this.#extent(at, bufferOffset, bytes, fileOffset);
+    this.#operation(COMMAND_READ, tag, fd, 0, bufferOffset, bytes, fileOffset);
   }
 
   /** Writes the tag's buffer to a file. @param flags RWF_*. */
@@ -233,42 +235,46 @@ export class Queue implements Disposable {
     fileOffset: number,
     flags: number,
   ): void {
-    const at = this.#command(COMMAND_WRITE, tag, fd, flags);
-    this.#extent(at, bufferOffset, bytes, fileOffset);
+    this.#operation(COMMAND_WRITE, tag, fd, flags, bufferOffset, bytes, fileOffset);
   }
 
   /** Writes zeroes to a file, up to `ioBytesMax`. The tag's buffer is not touched. */
   writeZeroes(tag: number, fd: number, bytes: number, fileOffset: number): void {
-    const at = this.#command(COMMAND_WRITE_ZEROES, tag, fd, 0);
-    this.#extent(at, 0, bytes, fileOffset);
+    this.#operation(COMMAND_WRITE_ZEROES, tag, fd, 0, 0, bytes, fileOffset);
   }
 
   /** @param flags IORING_FSYNC_DATASYNC or 0. */
   fsync(tag: number, fd: number, flags: number): void {
-    this.#command(COMMAND_FSYNC, tag, fd, flags);
+    this.#operation(COMMAND_FSYNC, tag, fd, flags, 0, 0, 0);
   }
 
   /** @param mode FALLOC_FL_*. */
   fallocate(tag: number, fd: number, mode: number, fileOffset: number, bytes: number): void {
-    const at = this.#command(COMMAND_FALLOCATE, tag, fd, mode);
-    this.#commandFloats[at * FLOATS + 2] = bytes;
-    this.#commandFloats[at * FLOATS + 3] = fileOffset;
+    this.#operation(COMMAND_FALLOCATE, tag, fd, mode, 0, bytes, fileOffset);
   }
 
-  #extent(at: number, bufferOffset: number, bytes: number, fileOffset: number): void {
-    this.#commandWords[at * WORDS + 4] = bytes;
-    this.#commandWords[at * WORDS + 5] = bufferOffset;
-    this.#commandFloats[at * FLOATS + 3] = fileOffset;
+  #operation(
+    op: number,
+    tag: number,
+    fd: number,
+    flags: number,
+    bufferOffset: number,
+    bytes: number,
+    fileOffset: number,
+  ): void {
+    const at = this.#command(op, tag, fd);
+    this.#commandWords[at * COMMAND_WORDS + 2] = flags;
+    this.#commandWords[at * COMMAND_WORDS + 3] = bufferOffset;
+    this.#commandFloats[at * COMMAND_FLOATS + 2] = bytes;
+    this.#commandFloats[at * COMMAND_FLOATS + 3] = fileOffset;
   }
 
-  #command(op: number, tag: number, value: number, flags: number): number {
+  /** @returns its number in the batch; what an io command does not need may be anything there. */
+  #command(op: number, tag: number, value: number): number {
     const at = this.#commandCount++;
     assert(at <= this.depth, "more commands than tags");
-    const word = at * WORDS;
-    this.#commandWords[word] = op;
-    this.#commandWords[word + 1] = tag;
-    this.#commandWords[word + 2] = value;
-    this.#commandWords[word + 3] = flags;
+    this.#commandWords[at * COMMAND_WORDS] = op << TAG_BITS | tag;
+    this.#commandWords[at * COMMAND_WORDS + 1] = value;
     return at;
   }
 
@@ -326,9 +332,9 @@ export class Queue implements Disposable {
     for (let tag = 0; tag < this.depth; tag++) {
       assert(this.#state[tag] === FREE, "a tag is fetched twice");
       this.#state[tag] = FETCHED;
-      this.#command(COMMAND_FETCH, tag, 0, 0);
+      this.#command(COMMAND_FETCH, tag, 0);
     }
-    this.#command(COMMAND_WAKE, 0, 0, 0);
+    this.#command(COMMAND_WAKE, 0, 0);
   }
 
   /** Submits what there is and serves what completed. @returns how much that was, -1 to leave. */
@@ -343,69 +349,71 @@ export class Queue implements Disposable {
     const events = this.#shim.native.ubd_step(this.#memory.handle, count, wait);
     if (events < 0) throw UblkError.from(events, "enter the ring");
     for (let index = 0; index < events; index++) {
-      if (this.#eventWords[index * WORDS] === EVENT_WAKE) {
+      const word = this.#eventWords[index * EVENT_WORDS]!;
+      const result = this.#eventWords[index * EVENT_WORDS + 1]!;
+      const kind = word >>> TAG_BITS;
+      const tag = word & TAG_MASK;
+      if (kind === EVENT_WAKE) {
         if (woken()) return -1;
-        this.#command(COMMAND_WAKE, 0, 0, 0);
-      } else {
-        this.#dispatch(index, handler, failed);
+        this.#command(COMMAND_WAKE, 0, 0);
+        continue;
+      }
+      try {
+        if (kind === EVENT_REQUEST) this.#arrived(tag, result, handler);
+        else this.#completed(tag, result, handler);
+      } catch (error) {
+        if (error instanceof AssertionError || error instanceof UblkError) throw error;
+        failed(error);
+        if (this.#isServing(tag)) this.commit(tag, -ERRNO.EIO);
       }
     }
     return events;
   }
 
-  #dispatch(index: number, handler: RequestHandler, failed: (error: unknown) => void): void {
-    const word = index * WORDS;
-    const tag = this.#eventWords[word + 1]!;
-    const result = this.#eventWords[word + 2]!;
-    try {
-      if (this.#eventWords[word] !== EVENT_REQUEST) {
-        if (this.#state[tag]! >= REGISTERING) return this.#exchanged(tag, result, handler);
-        assert(this.#state[tag] === SERVING, "completion for a tag that serves no request");
-        handler.resume!(this, tag, result);
-        return;
-      }
-      assert(this.#state[tag] === FETCHED, "request on a tag that was not fetched");
-      if (result !== 0) {
-        this.#retire(tag, result);
-        handler.stopping?.();
-        return;
-      }
-      this.#opFlags[tag] = this.#eventWords[word + 3]!;
-      this.#sectors[tag] = this.#eventWords[word + 4]!;
-      this.#startSector[tag] = this.#eventFloats[index * FLOATS + 3]!;
-      if (this.#mustRegister(tag)) {
-        this.#state[tag] = REGISTERING;
-        this.#command(COMMAND_REGISTER, tag, 0, 0);
-        return;
-      }
+  /** The driver has a request for the tag, or takes it back. */
+  #arrived(tag: number, result: number, handler: RequestHandler): void {
+    assert(this.#state[tag] === FETCHED, "request on a tag that was not fetched");
+    if (result !== 0) {
+      this.#retire(tag, result);
+      handler.stopping?.();
+    } else if (this.#mustRegister(tag)) {
+      this.#state[tag] = REGISTERING;
+      this.#command(COMMAND_REGISTER, tag, 0);
+    } else {
       this.#state[tag] = SERVING;
       handler.handle(this, tag);
-    } catch (error) {
-      if (error instanceof AssertionError || error instanceof UblkError) throw error;
-      failed(error);
-      if (this.#state[tag] === SERVING) this.commit(tag, -ERRNO.EIO);
     }
+  }
+
+  /** A file operation has ended, or the tag's buffer is registered, or is so no more. */
+  #completed(tag: number, result: number, handler: RequestHandler): void {
+    switch (this.#state[tag]) {
+      case REGISTERING:
+        this.#state[tag] = result < 0 ? SERVING : SERVING_REGISTERED;
+        if (result < 0) this.commit(tag, result);
+        else handler.handle(this, tag);
+        break;
+      case UNREGISTERING:
+        // The driver ends no request whose pages are still registered: it would wait for ever.
+        if (result < 0) throw UblkError.from(result, "UNREGISTER_IO_BUF");
+        this.#state[tag] = FETCHED;
+        this.#command(COMMAND_COMMIT, tag, this.#results[tag]!);
+        break;
+      default:
+        assert(this.#isServing(tag), "completion for a tag that serves no request");
+        handler.resume!(this, tag, result);
+    }
+  }
+
+  #isServing(tag: number): boolean {
+    return this.#state[tag] === SERVING || this.#state[tag] === SERVING_REGISTERED;
   }
 
   #mustRegister(tag: number): boolean {
-    if (!this.#registersAll) return (this.#opFlags[tag]! & UBLK_IO_F_NEED_REG_BUF) !== 0;
+    if (this.#copies) return false;
+    if (!this.#registersAll) return (this.flags(tag) & UBLK_IO_F_NEED_REG_BUF) !== 0;
     const op = this.op(tag);
     return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
-  }
-
-  /** The tag's buffer is registered, and the request can be served; or is so no more. */
-  #exchanged(tag: number, result: number, handler: RequestHandler): void {
-    if (this.#state[tag] === UNREGISTERING) {
-      // The driver ends no request whose pages are still registered: it would wait for ever.
-      if (result < 0) throw UblkError.from(result, "UNREGISTER_IO_BUF");
-      this.#state[tag] = FETCHED;
-      this.#command(COMMAND_COMMIT, tag, this.#results[tag]!, 0);
-      return;
-    }
-    this.#state[tag] = SERVING;
-    if (result < 0) return this.commit(tag, result);
-    this.#registered[tag] = 1;
-    handler.handle(this, tag);
   }
 
   #retire(tag: number, result: number): void {

@@ -27,7 +27,7 @@ export const rerunArguments: () => string[] = adapter.rerunArguments;
 /** Lets modules loaded from now on import this library by its name. */
 export const provideLibrary: Adapter["provideLibrary"] = adapter.provideLibrary;
 
-/** Values of a command's first word. */
+/** Operation of a command. */
 export const COMMAND_FETCH = 0;
 export const COMMAND_COMMIT = 1;
 export const COMMAND_READ = 2;
@@ -39,13 +39,18 @@ export const COMMAND_WRITE_ZEROES = 7;
 export const COMMAND_REGISTER = 8;
 export const COMMAND_UNREGISTER = 9;
 
-/** Values of an event's first word: an io command, a file operation, the wake-up read. */
+/** Kind of an event: an io command, a file operation, the wake-up read. */
 export const EVENT_REQUEST = 0;
 export const EVENT_FILE = 1;
 export const EVENT_WAKE = 2;
 
-/** Commands and events are 32 bytes: 8 u32 words, or 4 f64. */
-export const RECORD_BYTES = 32;
+/**
+ * The first word of a command is `operation << TAG_BITS | tag`, of an event its kind and the tag;
+ * the second is a command's value, an event's result. shim/layout.zig has the others.
+ */
+export const TAG_BITS = 16;
+export const COMMAND_BYTES = 32;
+export const EVENT_BYTES = 8;
 
 /** Size of a control command's payload area, in bytes, and how many there are. */
 export const PAYLOAD_BYTES = 8192;
@@ -87,6 +92,7 @@ export interface QueueMemory {
   readonly events: ArrayBuffer;
   /** depth x ioBytesMax: the data of tag t starts at t x ioBytesMax. Empty with zero copy. */
   readonly buffers: ArrayBuffer;
+  /** What the driver says of each tag's request: struct ublksrv_io_desc. */
   readonly descriptors: ArrayBuffer;
 }
 
@@ -140,8 +146,8 @@ export class Shim {
     };
     return {
       handle,
-      commands: region(0, (config.depth + 1) * RECORD_BYTES),
-      events: region(1, (config.depth + 1) * RECORD_BYTES),
+      commands: region(0, (config.depth + 1) * COMMAND_BYTES),
+      events: region(1, (config.depth + 1) * EVENT_BYTES),
       buffers: region(2, config.depth * config.ioBytesMax),
       descriptors: region(3, config.descriptorBytes),
     };

@@ -107,28 +107,21 @@ pub const Params = extern struct {
 
 /// What core/queue.ts writes for each SQE it wants: 32 bytes, views in ffi/mod.ts.
 pub const Command = extern struct {
-    op: u32,
-    tag: u32,
+    tag: u16,
+    op: u16,
     /// COMMIT_AND_FETCH: the request's result; file operations: the file descriptor.
     value: i32,
     /// rw_flags, fsync_flags or the fallocate mode.
     flags: u32,
-    /// READ, WRITE and WRITE_ZEROES: {bytes, offset in the tag's buffer}; FALLOCATE: the length as
-    /// an f64.
-    extent: extern union { io: extern struct { len: u32, buffer_offset: u32 }, length: f64 },
+    /// READ and WRITE: where in the tag's buffer.
+    buffer_offset: u32,
+    /// READ, WRITE, WRITE_ZEROES and FALLOCATE: in bytes, as is `offset`.
+    length: f64,
     offset: f64,
 };
 
-/// What core/queue.ts reads for each CQE: 32 bytes.
-pub const Event = extern struct {
-    kind: u32,
-    tag: u32,
-    result: i32,
-    op_flags: u32,
-    nr_sectors: u32,
-    pad: u32,
-    start_sector: f64,
-};
+/// What core/queue.ts reads for each CQE: 8 bytes.
+pub const Event = extern struct { tag: u16, kind: u16, result: i32 };
 
 /// How a queue is to be set up: 64 bytes, written by ffi/mod.ts.
 pub const QueueConfig = extern struct {
@@ -184,8 +177,8 @@ comptime {
     check(RingCq, 88, .{ .khead = 0, .ktail = 8, .kring_mask = 16, .kring_entries = 24, .kflags = 32, .koverflow = 40, .cqes = 48, .ring_sz = 56, .ring_ptr = 64, .ring_mask = 72, .ring_entries = 76, .pad = 80 });
     check(Ring, 216, .{ .sq = 0, .cq = 104, .flags = 192, .ring_fd = 196, .features = 200, .enter_ring_fd = 204, .int_flags = 208, .pad = 209, .pad2 = 212 });
     check(Params, 120, .{ .sq_entries = 0, .cq_entries = 4, .flags = 8, .sq_thread_cpu = 12, .sq_thread_idle = 16, .features = 20, .wq_fd = 24, .resv = 28, .sq_off = 40, .cq_off = 80 });
-    check(Command, 32, .{ .op = 0, .tag = 4, .value = 8, .flags = 12, .extent = 16, .offset = 24 });
-    check(Event, 32, .{ .kind = 0, .tag = 4, .result = 8, .op_flags = 12, .nr_sectors = 16, .pad = 20, .start_sector = 24 });
+    check(Command, 32, .{ .tag = 0, .op = 2, .value = 4, .flags = 8, .buffer_offset = 12, .length = 16, .offset = 24 });
+    check(Event, 8, .{ .tag = 0, .kind = 2, .result = 4 });
     check(QueueConfig, 64, .{ .char_fd = 0, .wake_fd = 4, .queue_id = 8, .depth = 12, .io_bytes_max = 16, .fetch_op = 20, .commit_op = 24, .sqe128 = 28, .desc_bytes = 32, .data_mode = 36, .desc_offset = 40, .register_op = 48, .unregister_op = 52, .reserved = 56 });
     check(ControlRequest, 40, .{ .control_fd = 0, .opcode = 4, .device_id = 8, .queue_id = 12, .payload = 16, .payload_len = 20, .dev_path_len = 24, .pad = 28, .data = 32 });
 }

@@ -7,6 +7,7 @@
 //! (the wake-up read) completions pending and its CQ cannot overflow. A queue is used by one
 //! thread from init to exit (the kernel binds tags and SINGLE_ISSUER rings to it).
 
+const std = @import("std");
 const layout = @import("layout.zig");
 const sys = @import("sys.zig");
 
@@ -175,8 +176,7 @@ fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
     };
     var result: i32 = 0;
     for (variants) |flags| {
-        var params: layout.Params = undefined;
-        sys.zero(@ptrCast(&params), @sizeOf(layout.Params));
+        var params = std.mem.zeroes(layout.Params);
         params.flags = flags | setup_cqsize | if (sqe128) setup_sqe128 else 0;
         params.cq_entries = 2 * sys.powerOfTwo(entries + 1);
         result = io_uring_queue_init_params(sys.powerOfTwo(entries + 1), ring, &params);
@@ -218,14 +218,19 @@ pub fn renewBuffer(queue: *Queue, tag: u32) ?usize {
     return buffer;
 }
 
-fn nextSqe(ring: *Ring, sqe_bytes: u32) ?*layout.Sqe {
-    const head = @atomicLoad(u32, ring.sq.khead, .acquire);
-    if (ring.sq.sqe_tail -% head >= ring.sq.ring_entries) return null;
-    const index = ring.sq.sqe_tail & ring.sq.ring_mask;
+/// The first half of the next SQE, zeroed; of a 128-byte one the other half stays as it was. The
+/// caller has looked whether there is room.
+fn nextSqe(ring: *Ring, sqe_bytes: u32) *layout.Sqe {
+    const at = ring.sq.sqes + @as(usize, ring.sq.sqe_tail & ring.sq.ring_mask) * sqe_bytes;
     ring.sq.sqe_tail +%= 1;
-    const at = ring.sq.sqes + @as(usize, index) * sqe_bytes;
-    sys.zero(at, sqe_bytes);
-    return @ptrCast(@alignCast(at));
+    const sqe: *layout.Sqe = @ptrCast(@alignCast(at));
+    sqe.* = std.mem.zeroes(layout.Sqe);
+    return sqe;
+}
+
+fn roomFor(ring: *Ring, count: u32) bool {
+    const queued = ring.sq.sqe_tail -% @atomicLoad(u32, ring.sq.khead, .acquire);
+    return count <= ring.sq.ring_entries - queued;
 }
 
 /// Packs `count` commands, enters the kernel once, and drains completions into the event array.
@@ -233,10 +238,10 @@ fn nextSqe(ring: *Ring, sqe_bytes: u32) ?*layout.Sqe {
 /// or task work that completed nothing). Returns the number of events or -errno.
 pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     if (count > queue.capacity) return -sys.EINVAL;
+    if (!roomFor(&queue.ring, count)) return -sys.EBUSY;
     const tail = queue.ring.sq.sqe_tail;
     for (queue.commands[0..count]) |*command| {
-        const sqe = nextSqe(&queue.ring, queue.sqe_bytes);
-        const result = if (sqe) |free| pack(queue, command, free) else -sys.EBUSY;
+        const result = pack(queue, command, nextSqe(&queue.ring, queue.sqe_bytes));
         if (result < 0) {
             queue.ring.sq.sqe_tail = tail; // All of a batch, or nothing.
             return result;
@@ -282,7 +287,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
         return 0;
     }
     if (command.tag >= queue.config.depth) return -sys.EINVAL;
-    sqe.user_data = command.tag | command.op << 16;
+    sqe.user_data = command.tag | @as(u32, command.op) << 16;
     const buffer = queue.addresses[command.tag];
     switch (command.op) {
         command_fetch, command_commit, command_register, command_unregister => {
@@ -300,7 +305,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
             };
             const carries_data = command.op == command_fetch or command.op == command_commit;
             if (carries_data and queue.config.data_mode == data_automatic) {
-                sqe.addr = command.tag | auto_reg_fallback;
+                sqe.addr = @as(u32, command.tag) | auto_reg_fallback;
             }
             const io: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
             io.* = .{
@@ -312,21 +317,21 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
             };
         },
         command_read, command_write, command_write_zeroes => {
-            const io = command.extent.io;
-            if (@as(u64, io.len) + io.buffer_offset > queue.config.io_bytes_max) return -sys.EINVAL;
+            const length = sys.fileOffset(command.length) orelse return -sys.EINVAL;
+            if (length + command.buffer_offset > queue.config.io_bytes_max) return -sys.EINVAL;
             sqe.fd = command.value;
             sqe.off = sys.fileOffset(command.offset) orelse return -sys.EINVAL;
-            sqe.len = io.len;
+            sqe.len = @intCast(length);
             sqe.op_flags = command.flags;
             if (command.op == command_write_zeroes) {
                 sqe.opcode = op_write;
                 sqe.addr = queue.zeroes;
             } else if (queue.config.data_mode == data_copied) {
                 sqe.opcode = if (command.op == command_read) op_read else op_write;
-                sqe.addr = buffer + io.buffer_offset;
+                sqe.addr = buffer + command.buffer_offset;
             } else {
                 sqe.opcode = if (command.op == command_read) op_read_fixed else op_write_fixed;
-                sqe.addr = buffer + io.buffer_offset;
+                sqe.addr = buffer + command.buffer_offset;
                 sqe.buf_index = @intCast(command.tag);
             }
         },
@@ -339,7 +344,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
             sqe.opcode = op_fallocate;
             sqe.fd = command.value;
             sqe.off = sys.fileOffset(command.offset) orelse return -sys.EINVAL;
-            sqe.addr = sys.fileOffset(command.extent.length) orelse return -sys.EINVAL;
+            sqe.addr = sys.fileOffset(command.length) orelse return -sys.EINVAL;
             sqe.len = command.flags;
         },
         else => return -sys.EINVAL,
@@ -353,21 +358,15 @@ fn drain(queue: *Queue) i32 {
     const count = @min(pending(ring), queue.capacity);
     for (0..count) |i| {
         const cqe = ring.cq.cqes[(head +% @as(u32, @intCast(i))) & ring.cq.ring_mask];
-        const tag: u32 = @intCast(cqe.user_data & 0xffff);
-        const event = &queue.events[i];
-        event.tag = tag;
-        event.result = cqe.res;
-        switch (@as(u32, @intCast(cqe.user_data >> 16))) {
-            command_fetch, command_commit => {
-                const desc = &queue.descs[tag];
-                event.kind = event_request;
-                event.op_flags = desc.op_flags;
-                event.nr_sectors = desc.nr_sectors;
-                event.start_sector = @floatFromInt(desc.start_sector);
+        queue.events[i] = .{
+            .tag = @truncate(cqe.user_data),
+            .kind = switch (@as(u32, @intCast(cqe.user_data >> 16))) {
+                command_fetch, command_commit => event_request,
+                command_wake => event_wake,
+                else => event_file,
             },
-            command_wake => event.kind = event_wake,
-            else => event.kind = event_file,
-        }
+            .result = cqe.res,
+        };
     }
     @atomicStore(u32, ring.cq.khead, head +% count, .release);
     return @intCast(count);
@@ -381,8 +380,7 @@ pub const Control = struct { ring: Ring, payloads: [payload_count * payload_byte
 pub fn controlInit(out: **Control) i32 {
     const base = sys.mapMemory(@sizeOf(Control)) catch return -sys.ENOMEM;
     const control: *Control = @ptrFromInt(base);
-    var params: layout.Params = undefined;
-    sys.zero(@ptrCast(&params), @sizeOf(layout.Params));
+    var params = std.mem.zeroes(layout.Params);
     params.flags = setup_sqe128;
     const result = io_uring_queue_init_params(2 * payload_count, &control.ring, &params);
     if (result < 0) {
@@ -401,7 +399,8 @@ pub fn controlExit(control: *Control) void {
 pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i32 {
     if (request.payload >= payload_count or request.payload_len > payload_bytes) return -sys.EINVAL;
     if (request.dev_path_len > request.payload_len or request.queue_id > 0xffff) return -sys.EINVAL;
-    const sqe = nextSqe(&control.ring, 128) orelse return -sys.EBUSY;
+    if (!roomFor(&control.ring, 1)) return -sys.EBUSY;
+    const sqe = nextSqe(&control.ring, 128);
     sqe.opcode = op_uring_cmd;
     sqe.fd = request.control_fd;
     sqe.off = request.opcode;

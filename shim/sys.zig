@@ -85,12 +85,6 @@ pub fn powerOfTwo(value: u32) u32 {
     return power;
 }
 
-/// Byte stores that no compiler turns into a call of memset: there is none outside this file.
-pub fn zero(at: [*]u8, bytes: usize) void {
-    const words: [*]volatile u64 = @ptrCast(@alignCast(at));
-    for (0..bytes / 8) |i| words[i] = 0;
-}
-
 // What liburing.a asks of a C library. calloc and free serve io_uring_get_probe only, which is
 // never called: they refuse. The stack canary is a constant, its failure a trap.
 export fn calloc(_: usize, _: usize) callconv(.c) ?*anyopaque {

@@ -18,16 +18,20 @@ import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
 import { pack } from "../abi/struct.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import {
+  COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FETCH,
+  EVENT_BYTES,
   EVENT_REQUEST,
   type QueueConfig,
   type QueueMemory,
-  RECORD_BYTES,
   Shim,
+  TAG_BITS,
 } from "../ffi/mod.ts";
 
-const WORDS = RECORD_BYTES / 4;
+const COMMAND_WORDS = COMMAND_BYTES / 4;
+const EVENT_WORDS = EVENT_BYTES / 4;
+const TAG_MASK = (1 << TAG_BITS) - 1;
 const DESCRIPTOR_BYTES = UBLKSRV_IO_DESC.size;
 const PAGE_BYTES = 4096;
 
@@ -193,16 +197,18 @@ export class PlayedDriver extends Shim {
   #takeCommands(queue: PlayedQueue, count: number): number {
     const words = new Int32Array(queue.memory.commands);
     let kept = 0;
-    for (let at = 0; at < count * WORDS; at += WORDS) {
-      const [op, tag, result] = [words[at]!, words[at + 1]!, words[at + 2]!];
+    for (let at = 0; at < count * COMMAND_WORDS; at += COMMAND_WORDS) {
+      const [op, tag] = [words[at]! >>> TAG_BITS, words[at]! & TAG_MASK];
       if (op === COMMAND_FETCH || op === COMMAND_COMMIT) {
-        if (op === COMMAND_COMMIT) this.#answered(queue, tag, result);
+        if (op === COMMAND_COMMIT) this.#answered(queue, tag, words[at + 1]!);
         queue.idle.push(tag);
       } else {
-        words.copyWithin(kept++ * WORDS, at, at + WORDS);
+        words.copyWithin(kept++ * COMMAND_WORDS, at, at + COMMAND_WORDS);
       }
     }
-    const fetch = (tag: number) => words.set([COMMAND_FETCH, tag, 0, 0], kept++ * WORDS);
+    const fetch = (tag: number) => {
+      words.set([COMMAND_FETCH << TAG_BITS | tag, 0], kept++ * COMMAND_WORDS);
+    };
     while (queue.submitted.length > 0 && queue.idle.length > 0) {
       const tag = queue.idle.shift()!;
       this.#describe(queue, tag, queue.submitted.shift()!);
@@ -250,10 +256,10 @@ export class PlayedDriver extends Shim {
   }
 
   #giveEvents(queue: PlayedQueue, count: number): void {
-    for (let index = 0; index < count; index++) {
-      const event = new Int32Array(queue.memory.events, index * RECORD_BYTES, WORDS);
-      const taken = event[0] === EVENT_REQUEST && queue.retired.has(event[1]!);
-      if (taken) event[2] = -ERRNO.ENODEV;
+    const words = new Int32Array(queue.memory.events);
+    for (let at = 0; at < count * EVENT_WORDS; at += EVENT_WORDS) {
+      const [kind, tag] = [words[at]! >>> TAG_BITS, words[at]! & TAG_MASK];
+      if (kind === EVENT_REQUEST && queue.retired.has(tag)) words[at + 1] = -ERRNO.ENODEV;
     }
   }
 }

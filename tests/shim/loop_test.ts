@@ -39,6 +39,7 @@ import { UblkError, UsageError } from "../../core/error.ts";
 import { Queue } from "../../core/queue.ts";
 import type { OpenTarget, RequestHandler } from "../../core/target.ts";
 import {
+  COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FALLOCATE,
   COMMAND_FETCH,
@@ -46,10 +47,12 @@ import {
   COMMAND_READ,
   COMMAND_WRITE,
   COMMAND_WRITE_ZEROES,
+  EVENT_BYTES,
   EVENT_FILE,
   type QueueConfig,
   type QueueMemory,
   Shim,
+  TAG_BITS,
   type ZeroCopyConfig,
 } from "../../ffi/mod.ts";
 import { concatTarget, stripeTarget } from "../../targets/concat.ts";
@@ -122,8 +125,9 @@ class BlockLayer extends Shim {
 
   #step(step: Shim["native"]["ubd_step"], handle: number, count: number, wait: number): number {
     const words = new Int32Array(this.#memory.commands);
-    for (let at = 0; at < count * 8; at += 8) {
-      const [op, tag, value, flags] = [words[at]!, words[at + 1]!, words[at + 2]!, words[at + 3]!];
+    for (let at = 0; at < count * COMMAND_BYTES / 4; at += COMMAND_BYTES / 4) {
+      const [head, value, flags] = [words[at]!, words[at + 1]!, words[at + 2]!];
+      const [op, tag] = [head >>> TAG_BITS, head & 0xffff];
       if (op === COMMAND_COMMIT) this.#answer(tag, value);
       if (op === COMMAND_COMMIT || op === COMMAND_FETCH) this.#prepare(tag);
       else if (FILE_COMMANDS.includes(op)) this.fileCommands.push([op, flags]);
@@ -139,8 +143,8 @@ class BlockLayer extends Shim {
       events = step(handle, 0, 0);
     }
     for (let index = 0; index < events; index++) {
-      const event = new Int32Array(this.#memory.events, index * 32, 8);
-      if (event[0] === EVENT_FILE) event[2] = this.onResult(event[2]!);
+      const event = new Int32Array(this.#memory.events, index * EVENT_BYTES, 2);
+      if (event[0]! >>> TAG_BITS === EVENT_FILE) event[1] = this.onResult(event[1]!);
     }
     return events;
   }

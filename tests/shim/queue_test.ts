@@ -22,15 +22,18 @@ import { UblkError } from "../../core/error.ts";
 import { Queue } from "../../core/queue.ts";
 import type { RequestHandler } from "../../core/target.ts";
 import {
+  COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FETCH,
   COMMAND_REGISTER,
   COMMAND_UNREGISTER,
+  EVENT_BYTES,
   EVENT_FILE,
   EVENT_REQUEST,
   type QueueConfig,
   type QueueMemory,
   Shim,
+  TAG_BITS,
   type ZeroCopyConfig,
 } from "../../ffi/mod.ts";
 
@@ -40,8 +43,8 @@ class SpyShim extends Shim {
   memory!: QueueMemory;
   /** [operation, tag, value] of each command that went to the ring. */
   readonly commands: [number, number, number][] = [];
-  /** May change an event's words: kind, tag, result, ... */
-  onEvent: (words: Int32Array) => void = () => {};
+  /** May change an event. */
+  onEvent: (event: { kind: number; tag: number; result: number }) => void = () => {};
   #turns = 0;
 
   constructor() {
@@ -59,8 +62,9 @@ class SpyShim extends Shim {
 
   #step(step: Shim["native"]["ubd_step"], handle: number, count: number, wait: number): number {
     const words = new Int32Array(this.memory.commands);
-    for (let at = 0; at < count * 8; at += 8) {
-      this.commands.push([words[at]!, words[at + 1]!, words[at + 2]!]);
+    for (let at = 0; at < count * COMMAND_BYTES / 4; at += COMMAND_BYTES / 4) {
+      const [head, value] = [words[at]!, words[at + 1]!];
+      this.commands.push([head >>> TAG_BITS, head & 0xffff, value]);
     }
     // Never blocks, so that a lost commit is a failed test and not one that hangs.
     const deadline = performance.now() + 20_000;
@@ -70,8 +74,12 @@ class SpyShim extends Shim {
       events = step(handle, 0, 0);
     }
     if (++this.#turns > 100_000) throw new Error("the queue does not end");
-    for (let index = 0; index < events; index++) {
-      this.onEvent(new Int32Array(this.memory.events, index * 32, 8));
+    const eventWords = new Int32Array(this.memory.events, 0, events * EVENT_BYTES / 4);
+    for (let at = 0; at < eventWords.length; at += EVENT_BYTES / 4) {
+      const [head, result] = [eventWords[at]!, eventWords[at + 1]!];
+      const event = { kind: head >>> TAG_BITS, tag: head & 0xffff, result };
+      this.onEvent(event);
+      eventWords.set([event.kind << TAG_BITS | event.tag, event.result], at);
     }
     return events;
   }
@@ -309,8 +317,8 @@ test("Queue.run ends when the driver has taken every tag back", () => {
   const spy = new SpyShim();
   using set = setUp(spy, 4);
   let requests = 0;
-  spy.onEvent = (words) => {
-    if (words[0] === EVENT_REQUEST && requests >= 100) words[2] = -ENODEV;
+  spy.onEvent = (event) => {
+    if (event.kind === EVENT_REQUEST && requests >= 100) event.result = -ENODEV;
   };
   set.queue.run(
     {
@@ -329,7 +337,7 @@ test("Queue.run ends when the driver has taken every tag back", () => {
 test("Queue.run throws what the driver answers to a FETCH instead of a request", () => {
   const spy = new SpyShim();
   using set = setUp(spy, 2);
-  spy.onEvent = (words) => void (words[2] = -EINVAL);
+  spy.onEvent = (event) => void (event.result = -EINVAL);
   assert.throws(
     () => set.run({ handle: () => assert.fail("a request") }),
     (error) => error instanceof UblkError && error.errno === "EINVAL",
@@ -339,7 +347,7 @@ test("Queue.run throws what the driver answers to a FETCH instead of a request",
 test("Queue.run asserts that no event belongs to a tag that waits for none", () => {
   const spy = new SpyShim();
   using set = setUp(spy, 2);
-  spy.onEvent = (words) => void (words[1] = 0);
+  spy.onEvent = (event) => void (event.tag = 0);
   assert.throws(() => set.run({ handle() {} }), /request on a tag that was not fetched/);
 });
 
@@ -391,8 +399,8 @@ test("Queue fails a request whose buffer cannot be registered, and serves the ne
   using set = setUp(spy, 1, REGISTERED);
   spy.describe(0, UBLK_IO_OP_READ, 8);
   let registrations = 0;
-  spy.onEvent = (words) => {
-    if (words[0] === EVENT_FILE && registrations++ === 0) words[2] = -ENOMEM;
+  spy.onEvent = (event) => {
+    if (event.kind === EVENT_FILE && registrations++ === 0) event.result = -ENOMEM;
   };
   let served = 0;
   set.run({
@@ -410,8 +418,8 @@ test("Queue.run throws when a buffer cannot be unregistered: its request would w
   using set = setUp(spy, 1, REGISTERED);
   spy.describe(0, UBLK_IO_OP_READ, 8);
   let exchanges = 0;
-  spy.onEvent = (words) => {
-    if (words[0] === EVENT_FILE && exchanges++ === 1) words[2] = -EINVAL;
+  spy.onEvent = (event) => {
+    if (event.kind === EVENT_FILE && exchanges++ === 1) event.result = -EINVAL;
   };
   assert.throws(
     () => set.run({ handle: (queue, tag) => queue.commit(tag, 4096) }),

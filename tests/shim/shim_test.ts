@@ -32,6 +32,7 @@ import {
   PAYLOAD_COUNT,
   type QueueConfig,
   Shim,
+  TAG_BITS,
 } from "../../ffi/mod.ts";
 import { OWNER_PACKED, SHIM_PACKED } from "../../ffi/shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "../../ffi/symbols.ts";
@@ -185,10 +186,10 @@ test("ubd_step refuses more commands than tags and the wake-up, bad tags and bad
   assert.strictEqual(packed(0), 0);
   assert.strictEqual(packed(5), 5, "FETCH of tag 0 is a NOP here");
   assert.strictEqual(packed(6), -EINVAL);
-  assert.strictEqual(packed(1, 0, 3), 1);
-  assert.strictEqual(packed(1, 0, 4), -EINVAL, "tag = depth");
-  assert.strictEqual(packed(1, 0, -1), -EINVAL);
-  assert.strictEqual(packed(1, 10, 0), -EINVAL, "no such operation");
+  assert.strictEqual(packed(1, 3), 1);
+  assert.strictEqual(packed(1, 4), -EINVAL, "tag = depth");
+  assert.strictEqual(packed(1, 0xffff), -EINVAL);
+  assert.strictEqual(packed(1, 10 << TAG_BITS), -EINVAL, "no such operation");
 });
 
 test("ubd_step refuses data outside the tag's buffer and offsets that are no number", () => {
@@ -197,8 +198,8 @@ test("ubd_step refuses data outside the tag's buffer and offsets that are no num
   const io = (op: number, bytes: number, bufferOffset: number, fileOffset: number) => {
     const memory = shim.queueInit(config);
     assert.ok(typeof memory !== "number");
-    new Int32Array(memory.commands).set([op, 0, file, 0, bytes, bufferOffset]);
-    new Float64Array(memory.commands)[3] = fileOffset;
+    new Int32Array(memory.commands).set([op << TAG_BITS, file, 0, bufferOffset]);
+    new Float64Array(memory.commands).set([bytes, fileOffset], 2);
     const result = native.ubd_step(memory.handle, 1, 1);
     native.ubd_queue_exit(memory.handle);
     return result;
