@@ -77,7 +77,7 @@ export class Queue implements Disposable {
   readonly #commandFloats: Float64Array;
   readonly #eventWords: Int32Array;
   /** The driver's: a tag's words stand from its request's arrival until the commit. */
-  readonly #descriptors: Int32Array;
+  #descriptors: Int32Array;
   /** The data of each tag. */
   readonly #data: Uint8Array<ArrayBuffer>[];
   readonly #state: Uint8Array;
@@ -135,6 +135,8 @@ export class Queue implements Disposable {
     const serving = this.#state.indexOf(SERVING);
     // What was renewed once is never unmapped.
     if (serving >= 0) this.#shim.renewBuffer(this.#memory.handle, serving, this.ioBytesMax);
+    // A function that is still at work may ask what its request was.
+    this.#descriptors = this.#descriptors.slice();
     this.#disposed = true;
     this.#shim.native.ubd_queue_exit(this.#memory.handle);
   }

@@ -10,7 +10,7 @@ import process from "node:process";
 import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { UBLK_IO_OP_READ } from "../../abi/ublk_cmd.ts";
-import type { BlockDevice } from "../../core/define_target.ts";
+import type { BlockDevice, ReadRequest } from "../../core/define_target.ts";
 import { FunctionHandler } from "../../core/function_handler.ts";
 import { Queue } from "../../core/queue.ts";
 import { type QueueMemory, Shim } from "../../ffi/mod.ts";
@@ -89,27 +89,30 @@ test("a queue on the event loop that has nothing to do does not turn", async () 
 
 test("what settles after the queue has ended touches nothing of it", async () => {
   const settle: (() => void)[] = [];
-  const buffers: Uint8Array[] = [];
+  const requests: ReadRequest[] = [];
   const device: BlockDevice = {
     size: 4096,
     timeoutMs: 50,
     maxConcurrent: 2,
-    read({ buffer }) {
-      buffers.push(buffer);
+    read(request) {
+      requests.push(request);
       return new Promise<void>((resolve) => settle.push(resolve));
     },
   };
   const set = setUp(device, 4);
   set.leave();
-  await set.queue.runOnEventLoop(set.handler, () => buffers.length > 0, fail);
+  await set.queue.runOnEventLoop(set.handler, () => requests.length > 0, fail);
   set[Symbol.dispose]();
-  assert.equal(buffers.length, 2);
-  for (const buffer of buffers) buffer.fill(1); // Unmapped, this would be the end.
+  assert.equal(requests.length, 2);
+  for (const [tag, { buffer, offset, length }] of requests.entries()) {
+    buffer.fill(1); // Unmapped, this would be the end; as would the next.
+    assert.deepEqual([offset, length], [tag * 512, 512]);
+  }
   settle[0]!();
   await sleep(100); // The other one is late, and was given up with its queue.
   settle[1]!();
   await sleep(1);
-  assert.equal(buffers.length, 2, "no request is begun");
+  assert.equal(requests.length, 2, "no request is begun");
   assert.deepEqual(set.log, []);
 });
 
