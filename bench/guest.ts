@@ -138,7 +138,7 @@ function qemuNbd(args: () => string[]): Recipe["make"] {
     const socket = "--socket=/run/bench-nbd.sock";
     call(QEMU_NBD, `--connect=${path}`, socket, "--fork", ...args());
     const pid = Number(run("pgrep", "-n", "-x", "qemu-nbd").trim());
-    return { path, pid, remove: () => void call(QEMU_NBD, `--disconnect=${path}`) };
+    return { path, pid, remove: () => void call(QEMU_NBD, "--disconnect", path) };
   };
 }
 

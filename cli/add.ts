@@ -14,7 +14,8 @@ import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/
 import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
 import { describeDevice, dumpDevice } from "./describe.ts";
-import { type Live, type RecoveryMode, serve, type ServerSpec, startServer } from "./server.ts";
+import { serve } from "./server.ts";
+import { type Live, type RecoveryMode, type ServerSpec, startServer } from "./start_server.ts";
 import { formatSize, parseInteger, parseSize } from "./size.ts";
 import { notify } from "./systemd.ts";
 

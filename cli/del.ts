@@ -14,7 +14,7 @@ import { readState, removeState } from "../core/state.ts";
 import { deviceUsers } from "../core/users.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
-import { STOPPING_SIGNAL } from "./server.ts";
+import { STOPPING_SIGNAL } from "./start_server.ts";
 import { parseDeviceId, parseInteger } from "./size.ts";
 
 /** The server has let go when DEL_DEV ends; its process needs a moment more. */

@@ -14,7 +14,7 @@ import { checkpoint, Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { show } from "./add.ts";
 import { knownState } from "./recover.ts";
-import { type ServerSpec, startServer } from "./server.ts";
+import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId, parseInteger } from "./size.ts";
 
 interface QuiesceOptions {

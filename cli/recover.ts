@@ -6,7 +6,7 @@ import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { readState } from "../core/state.ts";
 import { show } from "./add.ts";
-import { type ServerSpec, startServer } from "./server.ts";
+import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId, parseInteger } from "./size.ts";
 
 export function defineRecover(program: Command): void {

@@ -17,7 +17,7 @@ import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import { knownState } from "./recover.ts";
-import type { ServerSpec } from "./server.ts";
+import type { ServerSpec } from "./start_server.ts";
 import { formatSize, oneDeviceId, parseDeviceId, parseInteger, parseSize } from "./size.ts";
 
 interface ResizeOptions {

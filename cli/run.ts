@@ -21,7 +21,7 @@ import { Shim } from "../ffi/mod.ts";
 import { type AddOptions, defineDeviceOptions, toSpec } from "./add.ts";
 import { deleteDevice } from "./del.ts";
 import { COMMAND_EXIT, reportFailure, toFailure } from "./exit.ts";
-import { type Live, startServer } from "./server.ts";
+import { type Live, startServer } from "./start_server.ts";
 
 export function defineRun(program: Command): void {
   const command = program.command("run")

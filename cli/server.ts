@@ -1,22 +1,11 @@
 // SPDX-License-Identifier: MIT
 /**
- * The process that serves a device, and how `ubd add` starts it.
- *
- * `startServer` runs this program again, detached: own session, own mounts (core/isolation.ts),
- * `/` as working directory, no inherited descriptors. The spec goes in on standard input, and
- * answers come back on standard output, one JSON object a line: the device's id once it exists,
- * then `live` or `failed`. A server that dies in between leaves a device, which the caller deletes.
- *
- * A caller that needs the device only while it lives itself keeps standard input open, as a leash:
- * when it is let go, also by kill -9, the server deletes the device once nobody uses it.
+ * The process that serves a device: `ubd add` starts it (cli/start_server.ts), or is it itself with
+ * `--foreground`.
  * @module
  */
 
-import { type ChildProcess, spawn } from "node:child_process";
-import { writeFileSync } from "node:fs";
-import { createInterface } from "node:readline";
 import process from "node:process";
-import type { Writable } from "node:stream";
 import { setTimeout as sleep } from "node:timers/promises";
 import {
   UBLK_F_NO_AUTO_PART_SCAN,
@@ -28,59 +17,33 @@ import {
   UBLK_F_USER_RECOVERY_REISSUE,
 } from "../abi/ublk_cmd.ts";
 import { Control, lackError } from "../core/control.ts";
-import { Device, type DeviceOptions } from "../core/device.ts";
+import { Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
-import {
-  detachMounts,
-  harden,
-  hasOwnMounts,
-  inPrivateMounts,
-  mountNamespace,
-} from "../core/isolation.ts";
+import { detachMounts, harden, hasOwnMounts } from "../core/isolation.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { openInThread } from "../core/queue_thread.ts";
 import type { OpenTarget } from "../core/target.ts";
 import { readState, removeState, writeState } from "../core/state.ts";
 import { deviceUsers } from "../core/users.ts";
-import { rerunArguments, Shim } from "../ffi/mod.ts";
+import { Shim } from "../ffi/mod.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import type { ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
-import { EXIT, type Failure, toFailure } from "./exit.ts";
+import { EXIT, toFailure } from "./exit.ts";
+import {
+  type Answer,
+  isSupervisor,
+  LEASHED,
+  linesOf,
+  type Live,
+  logToKernel,
+  type RecoveryMode,
+  type ServerSpec,
+  STOPPING_SIGNAL,
+} from "./start_server.ts";
 import { supervise } from "./supervise.ts";
 import { surviveShutdown } from "./systemd.ts";
 import { watchModule } from "./watch.ts";
-
-/** Everything `ubd add` was told, checked, as plain JSON. */
-export interface ServerSpec {
-  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax" | "zeroCopy"> & {
-    compInTask: boolean;
-    noPartScan: boolean;
-  };
-  target: { name: string; options: Record<string, unknown> };
-  /** What becomes of I/O when the server dies; undefined: it fails and the device is DEAD. */
-  recovery?: RecoveryMode;
-  /** A process of its own starts the server again when it dies. */
-  supervise?: boolean;
-  /** The module is served anew when it changes. */
-  watch?: boolean;
-  /** A root file system may lie on it: the server must outlive all other processes. */
-  rootStorage?: boolean;
-  /** The device of a user without privileges, who alone may open and control it, besides root. */
-  unprivileged?: boolean;
-  /** Keep the server's memory out of swap. */
-  lockMemory?: boolean;
-  /** Take over this device instead of adding one. */
-  recover?: number;
-  /** Id of the process that supervises this server; undefined: it is still to be started. */
-  supervisor?: number;
-}
-
-/**
- * After the server's death, until there is a new one: "wait" fails requests it was serving and
- * holds the others, "reissue" holds all and serves them again, "fail" fails all.
- */
-export type RecoveryMode = "wait" | "reissue" | "fail";
 
 const RECOVERY_FLAGS: Record<RecoveryMode, bigint> = {
   wait: UBLK_F_USER_RECOVERY,
@@ -92,31 +55,6 @@ const LOCK_PATIENCE_MS = 10_000;
 
 /** How often a server without a leash looks whether its device is still used. */
 const USERS_PAUSE_MS = 500;
-
-/** Tells a server that another process is stopping its device. */
-export const STOPPING_SIGNAL = "SIGUSR2";
-
-/** The hidden verb that makes a process a server. */
-export const SERVE_VERB = "__serve";
-const LEASHED = "--leashed";
-
-export interface Live {
-  id: number;
-  path: string;
-  notes: readonly string[];
-}
-
-export type Answer =
-  | { type: "added"; id: number }
-  | { type: "live"; live: Live }
-  | { type: "failed"; failure: Failure };
-
-/** A failure that another process has already put into words. */
-export class ReportedError extends Error {
-  constructor(readonly failure: Failure) {
-    super(failure.message);
-  }
-}
 
 export interface ServeOptions {
   daemon: boolean;
@@ -261,19 +199,13 @@ async function openTarget(
   }
 }
 
-/** Whether the process that gets this spec is to start the server, and watch it. */
-function isSupervisor({ supervise, supervisor }: ServerSpec): boolean {
-  return supervise === true && supervisor === undefined;
-}
-
 /** The hidden verb's whole program. */
 export async function runServer(): Promise<number> {
-  const input = createInterface({ input: process.stdin });
   const leashed = process.argv.includes(LEASHED);
-  const letGo = new Promise<void>((resolve) => input.once("close", resolve));
-  const told = new Promise<string>((resolve) => input.once("line", resolve));
-  const line = await Promise.race([told, letGo]);
+  const input = linesOf(process.stdin);
+  const { value: line } = await input.next();
   if (line === undefined) return EXIT.INTERRUPTED; // The caller died first.
+  const letGo = input.next().then(() => {}, () => {}); // Nothing more is ever written.
   const spec = JSON.parse(line) as ServerSpec;
   const answer = (message: Answer) => process.stdout.write(`${JSON.stringify(message)}\n`);
   // The caller is gone once it has its answer; what it left open must not end this process.
@@ -304,118 +236,5 @@ export async function runServer(): Promise<number> {
     const failure = toFailure(error);
     answer({ type: "failed", failure });
     return failure.exitCode;
-  }
-}
-
-/** A daemon has no terminal; the kernel's log is where people look after a disk misbehaves. */
-export function logToKernel(message: string): void {
-  try {
-    const line = `ubd[${process.pid}]: ${message.replaceAll("\n", " | ")}\n`;
-    writeFileSync("/dev/kmsg", line, { flag: "r+" }); // A container's /dev may have none: make none.
-  } catch { /* no permission: nobody to tell */ }
-}
-
-/**
- * Starts a server process and waits until its device is LIVE.
- *
- * @param hold takes the server's leash: the device lives until it is ended, or this process.
- * @throws {ReportedError} what the server said. @throws {UblkError} it died without a word.
- */
-export async function startServer(
-  spec: ServerSpec,
-  hold?: (leash: Writable) => void,
-): Promise<Live> {
-  const { live, child } = await spawnServer(spec, () => {}, hold);
-  child.unref();
-  return live;
-}
-
-/** As startServer, for a caller that stays. @param onAdded told of a new device's id. */
-export async function spawnServer(
-  spec: ServerSpec,
-  onAdded: (id: number) => void,
-  hold?: (leash: Writable) => void,
-): Promise<{ live: Live; child: ChildProcess }> {
-  // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
-  const shim = new Shim();
-  shim.native.ubd_close_on_exec();
-  const verb = [SERVE_VERB, mountNamespace(), ...(hold ? [LEASHED] : [])];
-  const args = [...rerunArguments(), ...verb];
-  // Looked up here: from other mounts, in a chroot, its path is another one.
-  const { execPath } = process;
-  const start = () =>
-    spawn(execPath, args, {
-      detached: true,
-      cwd: "/",
-      stdio: ["pipe", "pipe", "pipe"],
-    });
-  // A supervisor serves nothing, so nothing waits for it; the servers it starts need to find
-  // their files, and a copy of the mounts would keep what others have unmounted.
-  const child = isSupervisor(spec) ? start() : inPrivateMounts(shim, start);
-  let interrupted = false;
-  const interrupt = () => {
-    interrupted = true;
-    child.kill("SIGTERM");
-  };
-  process.on("SIGINT", interrupt);
-  process.on("SIGTERM", interrupt);
-
-  let complaint = "";
-  child.stderr.on("data", (data) => complaint = `${complaint}${data}`.slice(-2000));
-  child.stdin.on("error", () => {});
-  child.stdin.write(`${JSON.stringify(spec)}\n`);
-  if (hold) hold(child.stdin);
-  else child.stdin.end();
-
-  let added: number | undefined;
-  const died = Promise.withResolvers<undefined>();
-  const unstarted = Promise.withResolvers<never>();
-  child.on("error", ({ code = "EIO", message }: NodeJS.ErrnoException) =>
-    unstarted.reject(
-      new UblkError({ errno: code, operation: "start the server", hint: message }),
-    ));
-  child.on("exit", () => died.resolve(undefined));
-  const answered = (async () => {
-    for await (const line of createInterface({ input: child.stdout })) {
-      const message = JSON.parse(line) as Answer;
-      if (message.type !== "added") return message;
-      added = message.id;
-      onAdded(added);
-    }
-    return undefined;
-  })();
-  // One of them is awaited below; the other one may fail after that.
-  for (const late of [answered, unstarted.promise]) late.catch(() => {});
-  const outcome = await Promise.race([answered, unstarted.promise]) ?? await died.promise;
-  if (outcome?.type === "live" && !interrupted) {
-    child.stdout.destroy();
-    child.stderr.destroy();
-    process.off("SIGINT", interrupt);
-    process.off("SIGTERM", interrupt);
-    return { live: outcome.live, child };
-  }
-  await died.promise;
-  // Only one that died without a word: whoever undid its work may see the id in other hands now.
-  if (outcome === undefined && added !== undefined) await deleteLeftover(added);
-  if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
-  if (interrupted) {
-    throw new ReportedError({ message: "interrupted", exitCode: EXIT.INTERRUPTED });
-  }
-  throw new UblkError({
-    errno: "ECANCELED",
-    operation: "start the server",
-    hint: `the server ended with ${child.signalCode ?? `code ${child.exitCode}`}` +
-      (complaint ? `: ${complaint.trim()}` : ""),
-  });
-}
-
-/** A server that failed has undone what it did; one that was killed has not. */
-export async function deleteLeftover(id: number): Promise<void> {
-  using control = await Control.open();
-  try {
-    await control.stopDevice(id);
-    await control.deleteDevice(id);
-  } catch (error) {
-    if (!(error instanceof UblkError && error.errno === "ENODEV")) throw error;
   }
 }

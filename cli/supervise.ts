@@ -22,7 +22,7 @@ import {
   logToKernel,
   type ServerSpec,
   spawnServer,
-} from "./server.ts";
+} from "./start_server.ts";
 import { surviveShutdown } from "./systemd.ts";
 
 /** New servers in a row that may die before the device is left alone. */

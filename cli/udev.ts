@@ -24,7 +24,7 @@ import { dirname } from "node:path";
 import process from "node:process";
 import type { Command } from "commander";
 import { UblkError, UsageError } from "../core/error.ts";
-import { unpackBinary } from "../ffi/load.ts";
+import { unpackBinary } from "../ffi/mod.ts";
 import { OWNER_PACKED } from "../ffi/shim_binary.ts";
 
 const RULES_PATH = "/etc/udev/rules.d/60-ubd.rules";

@@ -36,7 +36,7 @@ export interface DeviceState {
   supervisor?: number;
   target: TargetFacts;
   queues: QueueFacts[];
-  /** What the server was told, for the next one: cli/server.ts knows its form. */
+  /** What the server was told, for the next one: cli/start_server.ts knows its form. */
   spec: unknown;
 }
 

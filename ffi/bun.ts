@@ -15,6 +15,9 @@ export const adapter: Adapter = {
     return import.meta.url.includes("/$bunfs/") ? [] : [process.argv[1]!];
   },
 
+  // Loading node:zlib takes as long as starting Bun.
+  inflate: (bytes) => Bun.inflateSync(bytes),
+
   load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table> {
     const entries = Object.entries(table).map(([name, { args, result }]) => [
       name,

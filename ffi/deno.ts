@@ -4,6 +4,9 @@
 import process from "node:process";
 import type { Adapter, Native, NativeFunction } from "./symbols.ts";
 
+// Dynamic: what is imported at the top, a bundle loads under Bun too.
+const { inflateRawSync } = await import("node:zlib");
+
 /** So that a module the server loads can import "ubd": from source, or from dist/cli.js. */
 function importMap(): string {
   const fromSource = import.meta.url.endsWith("/ffi/deno.ts");
@@ -24,6 +27,8 @@ export const adapter: Adapter = {
     if (Deno.build.standalone) return [];
     return ["run", "-A", "-q", `--import-map=${importMap()}`, process.argv[1]!];
   },
+
+  inflate: (bytes) => inflateRawSync(bytes),
 
   load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table> {
     const entries = Object.entries(table).map(([name, { args, result }]) => [

@@ -14,7 +14,6 @@ import { closeSync, mkdtempSync, openSync, rmdirSync, unlinkSync, writeFileSync 
 import { arch, tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { inflateRawSync } from "node:zlib";
 import { SHIM_PACKED } from "./shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "./symbols.ts";
 
@@ -36,7 +35,7 @@ export function loadShim(adapter: Adapter, known?: string): LoadedShim {
 
   const packed = SHIM_PACKED[arch() as keyof typeof SHIM_PACKED];
   if (!packed) throw new Error(`Cannot load the ubd shim: none is built for ${arch()}`);
-  const bytes = unpackBinary(packed);
+  const bytes = unpack(adapter, packed);
 
   const attempts: string[] = [];
   const places = [tmpdir(), "/dev/shm", "/run", "/var/tmp", process.cwd()];
@@ -59,8 +58,8 @@ export function loadShim(adapter: Adapter, known?: string): LoadedShim {
 }
 
 /** @param packed one of shim_binary.ts. */
-export function unpackBinary(packed: string): Uint8Array {
-  return inflateRawSync(Buffer.from(packed, "base64"));
+export function unpack({ inflate }: Adapter, packed: string): Uint8Array {
+  return inflate(Buffer.from(packed, "base64"));
 }
 
 function unlinkedFile(place: string, bytes: Uint8Array): number {

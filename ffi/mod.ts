@@ -8,7 +8,7 @@
  * @module
  */
 
-import { loadShim } from "./load.ts";
+import { loadShim, unpack } from "./load.ts";
 import type { Adapter, Native, Watch } from "./symbols.ts";
 
 const { adapter }: { adapter: Adapter } = "Bun" in globalThis
@@ -26,6 +26,9 @@ export const rerunArguments: () => string[] = adapter.rerunArguments;
 
 /** Lets modules loaded from now on import this library by its name. */
 export const provideLibrary: Adapter["provideLibrary"] = adapter.provideLibrary;
+
+/** @param packed one of shim_binary.ts. */
+export const unpackBinary = (packed: string): Uint8Array => unpack(adapter, packed);
 
 /** Operation of a command. */
 export const COMMAND_FETCH = 0;

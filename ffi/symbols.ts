@@ -71,6 +71,8 @@ export interface Adapter {
   readonly canLockMemory: boolean;
   /** What to put behind process.execPath to start this program again; empty when compiled. */
   rerunArguments(): string[];
+  /** Undoes raw DEFLATE. */
+  inflate(bytes: Uint8Array<ArrayBuffer>): Uint8Array;
   /** Loads a shared library. Throws the runtime's own error when it cannot. */
   load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table>;
   /** A view of native memory, no copy. The caller knows how long the memory lives. */

@@ -24,7 +24,7 @@ import { ERRNO } from "../../abi/errno.ts";
 import { IO_URING_CQE, IO_URING_PARAMS, IO_URING_SQE, SQE_CMD_OFFSET } from "../../abi/io_uring.ts";
 import type { Layout } from "../../abi/struct.ts";
 import { UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC } from "../../abi/ublk_structs.ts";
-import { loadShim, SHIM_VERSION, unpackBinary } from "../../ffi/load.ts";
+import { loadShim, SHIM_VERSION } from "../../ffi/load.ts";
 import {
   COMMAND_READ,
   COMMAND_WRITE,
@@ -33,6 +33,7 @@ import {
   type QueueConfig,
   Shim,
   TAG_BITS,
+  unpackBinary,
 } from "../../ffi/mod.ts";
 import { OWNER_PACKED, SHIM_PACKED } from "../../ffi/shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "../../ffi/symbols.ts";

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: MIT
+/**
+ * How `ubd add` starts the process that serves a device (cli/server.ts), and what they tell each
+ * other.
+ *
+ * `startServer` runs this program again, detached: own session, own mounts (core/isolation.ts),
+ * `/` as working directory, no inherited descriptors. The spec goes in on standard input, and
+ * answers come back on standard output, one JSON object a line: the device's id once it exists,
+ * then `live` or `failed`. A server that dies in between leaves a device, which the caller deletes.
+ *
+ * A caller that needs the device only while it lives itself keeps standard input open, as a leash:
+ * when it is let go, also by kill -9, the server deletes the device once nobody uses it.
+ * @module
+ */
+
+import { type ChildProcess, spawn } from "node:child_process";
+import { writeFileSync } from "node:fs";
+import process from "node:process";
+import type { Readable, Writable } from "node:stream";
+import { Control } from "../core/control.ts";
+import type { DeviceOptions } from "../core/device.ts";
+import { UblkError } from "../core/error.ts";
+import { inPrivateMounts, mountNamespace } from "../core/isolation.ts";
+import { rerunArguments, Shim } from "../ffi/mod.ts";
+import { EXIT, type Failure } from "./exit.ts";
+
+/** Everything `ubd add` was told, checked, as plain JSON. */
+export interface ServerSpec {
+  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax" | "zeroCopy"> & {
+    compInTask: boolean;
+    noPartScan: boolean;
+  };
+  target: { name: string; options: Record<string, unknown> };
+  /** What becomes of I/O when the server dies; undefined: it fails and the device is DEAD. */
+  recovery?: RecoveryMode;
+  /** A process of its own starts the server again when it dies. */
+  supervise?: boolean;
+  /** The module is served anew when it changes. */
+  watch?: boolean;
+  /** A root file system may lie on it: the server must outlive all other processes. */
+  rootStorage?: boolean;
+  /** The device of a user without privileges, who alone may open and control it, besides root. */
+  unprivileged?: boolean;
+  /** Keep the server's memory out of swap. */
+  lockMemory?: boolean;
+  /** Take over this device instead of adding one. */
+  recover?: number;
+  /** Id of the process that supervises this server; undefined: it is still to be started. */
+  supervisor?: number;
+}
+
+/**
+ * After the server's death, until there is a new one: "wait" fails requests it was serving and
+ * holds the others, "reissue" holds all and serves them again, "fail" fails all.
+ */
+export type RecoveryMode = "wait" | "reissue" | "fail";
+
+/** Tells a server that another process is stopping its device. */
+export const STOPPING_SIGNAL = "SIGUSR2";
+
+/** The hidden verb that makes a process a server. */
+export const SERVE_VERB = "__serve";
+export const LEASHED = "--leashed";
+
+export interface Live {
+  id: number;
+  path: string;
+  notes: readonly string[];
+}
+
+export type Answer =
+  | { type: "added"; id: number }
+  | { type: "live"; live: Live }
+  | { type: "failed"; failure: Failure };
+
+/** A failure that another process has already put into words. */
+export class ReportedError extends Error {
+  constructor(readonly failure: Failure) {
+    super(failure.message);
+  }
+}
+
+/** Whether the process that gets this spec is to start the server, and watch it. */
+export function isSupervisor({ supervise, supervisor }: ServerSpec): boolean {
+  return supervise === true && supervisor === undefined;
+}
+
+/** Lines as they come. Loading node:readline takes a third as long as starting Bun. */
+export async function* linesOf(stream: Readable): AsyncGenerator<string, undefined> {
+  let rest = "";
+  for await (const text of stream.setEncoding("utf8")) {
+    const lines = (rest + text).split("\n");
+    rest = lines.pop()!;
+    yield* lines;
+  }
+}
+
+/** A daemon has no terminal; the kernel's log is where people look after a disk misbehaves. */
+export function logToKernel(message: string): void {
+  try {
+    const line = `ubd[${process.pid}]: ${message.replaceAll("\n", " | ")}\n`;
+    writeFileSync("/dev/kmsg", line, { flag: "r+" }); // A container's /dev may have none: make none.
+  } catch { /* no permission: nobody to tell */ }
+}
+
+/**
+ * Starts a server process and waits until its device is LIVE.
+ *
+ * @param hold takes the server's leash: the device lives until it is ended, or this process.
+ * @throws {ReportedError} what the server said. @throws {UblkError} it died without a word.
+ */
+export async function startServer(
+  spec: ServerSpec,
+  hold?: (leash: Writable) => void,
+): Promise<Live> {
+  const { live, child } = await spawnServer(spec, () => {}, hold);
+  child.unref();
+  return live;
+}
+
+/** As startServer, for a caller that stays. @param onAdded told of a new device's id. */
+export async function spawnServer(
+  spec: ServerSpec,
+  onAdded: (id: number) => void,
+  hold?: (leash: Writable) => void,
+): Promise<{ live: Live; child: ChildProcess }> {
+  // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
+  const shim = new Shim();
+  shim.native.ubd_close_on_exec();
+  const verb = [SERVE_VERB, mountNamespace(), ...(hold ? [LEASHED] : [])];
+  const args = [...rerunArguments(), ...verb];
+  // Looked up here: from other mounts, in a chroot, its path is another one.
+  const { execPath } = process;
+  const start = () =>
+    spawn(execPath, args, {
+      detached: true,
+      cwd: "/",
+      stdio: ["pipe", "pipe", "pipe"],
+    });
+  // A supervisor serves nothing, so nothing waits for it; the servers it starts need to find
+  // their files, and a copy of the mounts would keep what others have unmounted.
+  const child = isSupervisor(spec) ? start() : inPrivateMounts(shim, start);
+  let interrupted = false;
+  const interrupt = () => {
+    interrupted = true;
+    child.kill("SIGTERM");
+  };
+  process.on("SIGINT", interrupt);
+  process.on("SIGTERM", interrupt);
+
+  let complaint = "";
+  child.stderr.on("data", (data) => complaint = `${complaint}${data}`.slice(-2000));
+  child.stdin.on("error", () => {});
+  child.stdin.write(`${JSON.stringify(spec)}\n`);
+  if (hold) hold(child.stdin);
+  else child.stdin.end();
+
+  let added: number | undefined;
+  const died = Promise.withResolvers<undefined>();
+  const unstarted = Promise.withResolvers<never>();
+  child.on("error", ({ code = "EIO", message }: NodeJS.ErrnoException) =>
+    unstarted.reject(
+      new UblkError({ errno: code, operation: "start the server", hint: message }),
+    ));
+  child.on("exit", () => died.resolve(undefined));
+  const answered = (async () => {
+    for await (const line of linesOf(child.stdout)) {
+      const message = JSON.parse(line) as Answer;
+      if (message.type !== "added") return message;
+      added = message.id;
+      onAdded(added);
+    }
+    return undefined;
+  })();
+  // One of them is awaited below; the other one may fail after that.
+  for (const late of [answered, unstarted.promise]) late.catch(() => {});
+  const outcome = await Promise.race([answered, unstarted.promise]) ?? await died.promise;
+  if (outcome?.type === "live" && !interrupted) {
+    child.stdout.destroy();
+    child.stderr.destroy();
+    process.off("SIGINT", interrupt);
+    process.off("SIGTERM", interrupt);
+    return { live: outcome.live, child };
+  }
+  await died.promise;
+  // Only one that died without a word: whoever undid its work may see the id in other hands now.
+  if (outcome === undefined && added !== undefined) await deleteLeftover(added);
+  if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
+  if (interrupted) {
+    throw new ReportedError({ message: "interrupted", exitCode: EXIT.INTERRUPTED });
+  }
+  throw new UblkError({
+    errno: "ECANCELED",
+    operation: "start the server",
+    hint: `the server ended with ${child.signalCode ?? `code ${child.exitCode}`}` +
+      (complaint ? `: ${complaint.trim()}` : ""),
+  });
+}
+
+/** A server that failed has undone what it did; one that was killed has not. */
+export async function deleteLeftover(id: number): Promise<void> {
+  using control = await Control.open();
+  try {
+    await control.stopDevice(id);
+    await control.deleteDevice(id);
+  } catch (error) {
+    if (!(error instanceof UblkError && error.errno === "ENODEV")) throw error;
+  }
+}
