@@ -218,12 +218,14 @@ function cpuSeconds(pid: number): number {
   return (Number(fields[11]) + Number(fields[12])) / TICKS_PER_SECOND;
 }
 
-/** The same without ticks, of the threads that live now: for a process that does next to nothing. */
-function threadsCpuMs(pid: number): number {
-  return readdirSync(`/proc/${pid}/task`).reduce((sum, tid) => {
-    const [onCpuNs] = readFileSync(`/proc/${pid}/task/${tid}/schedstat`, "utf8").split(" ");
-    return sum + Number(onCpuNs) / 1e6;
-  }, 0);
+/** Processor time of each thread in ms, without ticks: for a process that does next to nothing. */
+function threadsCpuMs(pid: number): Map<string, number> {
+  return new Map(
+    readdirSync(`/proc/${pid}/task`).map((tid) => {
+      const [onCpuNs] = readFileSync(`/proc/${pid}/task/${tid}/schedstat`, "utf8").split(" ");
+      return [tid, Number(onCpuNs) / 1e6];
+    }),
+  );
 }
 
 /** Requests that the device has completed so far. */
@@ -396,11 +398,13 @@ async function measureIdle(plan: Plan, report: Report): Promise<void> {
         // What a runtime does after its start is not the cost of having nothing to do.
         await sleep(Math.min(10, plan.idleSeconds) * 1000);
         const pids = ids.map(serverPid);
-        const cpuMs = () => pids.reduce((sum, pid) => sum + threadsCpuMs(pid), 0);
-        const before = cpuMs();
+        const before = pids.map(threadsCpuMs);
         const startMs = performance.now();
         await sleep(plan.idleSeconds * 1000);
-        const used = cpuMs() - before;
+        // A thread that has ended takes its count along: what it did since is not known.
+        const used = pids.flatMap((pid, index) =>
+          [...threadsCpuMs(pid)].map(([tid, cpuMs]) => cpuMs - (before[index]!.get(tid) ?? 0))
+        ).reduce((sum, cpuMs) => sum + cpuMs, 0);
         const passedS = (performance.now() - startMs) / 1000;
         const memories = pids.map(memory);
         const mean = (of: (it: typeof memories[number]) => number) =>
