@@ -36,9 +36,17 @@ const TIMEOUT_DEFAULT_MS = 30_000;
 /** Longer ones fire at once. */
 const TIMER_MAX_MS = 2 ** 31 - 1;
 
+/** Calls back once, whatever somebody's promise has for a `then` of its own. */
+const { then } = Promise.prototype;
+
+type Settle = (queue: Queue, tag: number, outcome: unknown, rejected: boolean) => void;
+
 /** A tag's request, as all kinds of handlers see it. */
 class TagRequest implements ReadRequest, WriteRequest, ZeroRequest {
   readonly signal: AbortSignal;
+  /** What its promises are settled with goes here: made once, as it is. */
+  readonly fulfilled: (value: void | number) => void;
+  readonly rejected: (error: unknown) => void;
   readonly #queue: Queue;
   readonly #tag: number;
   /** All of the tag's memory, as long as the tag has it. */
@@ -47,12 +55,18 @@ class TagRequest implements ReadRequest, WriteRequest, ZeroRequest {
   /** What it was about, once it was given up: the tag serves another request then. */
   #left: { offset: number; length: number; flags: number } | undefined;
 
-  constructor(queue: Queue, tag: number, signal: AbortSignal) {
+  constructor(queue: Queue, tag: number, signal: AbortSignal, settle: Settle) {
     this.#queue = queue;
     this.#tag = tag;
     this.#memory = queue.data(tag, queue.ioBytesMax);
     this.#buffer = queue.data(tag, 0);
     this.signal = signal;
+    this.fulfilled = (value) => {
+      if (!this.#left) settle(queue, tag, value, false);
+    };
+    this.rejected = (error) => {
+      if (!this.#left) settle(queue, tag, error, true);
+    };
   }
 
   get offset(): number {
@@ -99,8 +113,6 @@ export class FunctionHandler implements RequestHandler {
   readonly #syncing: Uint8Array;
   /** Bytes that are done, to be answered after the `flush`. */
   readonly #done: Float64Array;
-  /** Counts a tag's promises: one that was given up finds another number here. */
-  readonly #turns: Uint32Array;
   /** When a tag's promise is given up, in performance.now(); 0: it has none. */
   readonly #deadlines: Float64Array;
   /** Tags that wait for `maxConcurrent`. */
@@ -118,7 +130,6 @@ export class FunctionHandler implements RequestHandler {
     this.#requests = new Array(depth);
     this.#syncing = new Uint8Array(depth);
     this.#done = new Float64Array(depth);
-    this.#turns = new Uint32Array(depth);
     this.#deadlines = new Float64Array(depth);
   }
 
@@ -137,7 +148,7 @@ export class FunctionHandler implements RequestHandler {
   }
 
   #call(queue: Queue, tag: number): void {
-    const request = this.#requests[tag] ??= new TagRequest(queue, tag, this.#stop.signal);
+    const request = this.#requests[tag] ?? this.#newRequest(queue, tag);
     let answer: Answer;
     let promise: Promise<void | number> | undefined;
     try {
@@ -149,6 +160,10 @@ export class FunctionHandler implements RequestHandler {
     }
     if (promise) this.#wait(queue, tag, promise);
     else this.#answer(queue, tag, answer as void | number);
+  }
+
+  #newRequest(queue: Queue, tag: number): TagRequest {
+    return this.#requests[tag] = new TagRequest(queue, tag, this.#stop.signal, this.#settle);
   }
 
   #ask(queue: Queue, tag: number, request: TagRequest): Answer {
@@ -175,27 +190,25 @@ export class FunctionHandler implements RequestHandler {
   #wait(queue: Queue, tag: number, answer: Promise<void | number>): void {
     this.needsEventLoop = true;
     this.#outstanding++;
-    const turn = ++this.#turns[tag]!;
     this.#deadlines[tag] = performance.now() + this.#timeoutMs;
     if (!this.#timer) this.#giveUpIn(queue, this.#timeoutMs);
-    const settle = (work: () => void) => {
-      if (this.#turns[tag] !== turn || queue.disposed) return;
-      try {
-        this.#free(tag);
-        work();
-        this.#beginWaiting(queue);
-      } catch (error) {
-        queue.break(error);
-      }
-    };
-    answer.then(
-      (value) => settle(() => this.#answer(queue, tag, value)),
-      (error) => settle(() => this.#fail(queue, tag, error)),
-    );
+    const { fulfilled, rejected } = this.#requests[tag]!;
+    then.call(answer, fulfilled, rejected);
   }
 
+  readonly #settle: Settle = (queue, tag, outcome, rejected) => {
+    if (queue.disposed) return;
+    try {
+      this.#free(tag);
+      if (rejected) this.#fail(queue, tag, outcome);
+      else this.#answer(queue, tag, outcome as void | number);
+      this.#beginWaiting(queue);
+    } catch (error) {
+      queue.break(error);
+    }
+  };
+
   #free(tag: number): void {
-    this.#turns[tag]!++;
     this.#deadlines[tag] = 0;
     this.#outstanding--;
   }

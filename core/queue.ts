@@ -317,9 +317,10 @@ export class Queue implements Disposable {
       while (this.#liveTags > 0) {
         const events = this.#turn(0, handler, woken, failed);
         if (events < 0) return;
-        // Timers and sockets get their turn also under load.
-        if (events > 0 || this.#commandCount > 0) await new Promise(setImmediate);
-        else await new Promise<void>((resolve) => this.#goOn = resolve);
+        const idle = events === 0 && this.#commandCount === 0;
+        if (idle) await new Promise<void>((resolve) => this.#goOn = resolve);
+        // Timers and sockets get their turn also under load, and what they answer is one batch.
+        if (!idle || this.#commandCount > 0) await new Promise(setImmediate);
         if (this.#broken) throw this.#broken.error;
       }
     } finally {

@@ -31,6 +31,7 @@ const setup_sqe128: u32 = 1 << 10;
 const setup_single_issuer: u32 = 1 << 12;
 const setup_defer_taskrun: u32 = 1 << 13;
 const sq_taskrun: u32 = 1 << 2;
+const cq_eventfd_disabled: u32 = 1 << 0;
 /// IO_LOCAL_TW_DEFAULT_MAX of the kernel.
 const task_work_batch = 20;
 
@@ -247,6 +248,8 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
             return result;
         }
     }
+    // Before the look for completions: from then on, none comes unheard.
+    if (!wait) ringEventfd(&queue.ring, true);
     const ready = pending(&queue.ring) > 0;
     if (count > 0 or !ready) {
         const result = if (wait and !ready)
@@ -266,7 +269,16 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
             enters -= 1;
         }
     }
-    return drain(queue);
+    const events = drain(queue);
+    // Whoever got some comes back for more before it sleeps, and need not be woken.
+    if (!wait and events > 0) ringEventfd(&queue.ring, false);
+    return events;
+}
+
+/// Whether the eventfd of queueNotify is rung.
+fn ringEventfd(ring: *Ring, on: bool) void {
+    const flags = ring.cq.kflags orelse return;
+    @atomicStore(u32, flags, if (on) 0 else cq_eventfd_disabled, .seq_cst);
 }
 
 fn moreToRun(ring: *Ring) bool {

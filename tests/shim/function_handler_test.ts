@@ -23,9 +23,11 @@ function setUp(device: BlockDevice, depth: number) {
   const queueInit = shim.queueInit.bind(shim);
   shim.queueInit = (config) => memory = queueInit(config) as QueueMemory;
   let steps = 0;
+  let batch = 0;
   const { ubd_step } = shim.native;
   const counted = (handle: number, count: number, wait: number) => {
     steps++;
+    if (count > 0) batch = count;
     return ubd_step(handle, count, wait);
   };
   Object.assign(shim, { native: { ...shim.native, ubd_step: counted } });
@@ -59,6 +61,8 @@ function setUp(device: BlockDevice, depth: number) {
     log,
     handler: new FunctionHandler(device, context),
     steps: () => steps,
+    /** Commands that last went to the ring together. */
+    batch: () => batch,
     leave: () => shim.native.ubd_wake(wakeFd),
     [Symbol.dispose]() {
       queue[Symbol.dispose]();
@@ -85,6 +89,23 @@ test("a queue on the event loop that has nothing to do does not turn", async () 
   set.leave();
   await running;
   assert.deepEqual(set.log, []);
+});
+
+test("what is answered in one turn of the event loop goes to the ring together", async () => {
+  const waiting: (() => void)[] = [];
+  const read = () => new Promise<void>((resolve) => waiting.push(resolve));
+  using set = setUp({ size: 4096, read }, 4);
+  const running = set.queue.runOnEventLoop(set.handler, () => true, fail);
+  while (waiting.length < 4) await sleep(1);
+  await sleep(20); // What had begun is over.
+  for (const answer of waiting.splice(0)) {
+    answer();
+    for (let turn = 0; turn < 10; turn++) await undefined; // Others are asked meanwhile.
+  }
+  while (waiting.length < 4) await sleep(1);
+  assert.equal(set.batch(), 4);
+  set.leave();
+  await running;
 });
 
 test("what settles after the queue has ended touches nothing of it", async () => {

@@ -20,17 +20,21 @@ import { arch, tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { ERRNO } from "../../abi/errno.ts";
 import { IO_URING_CQE, IO_URING_PARAMS, IO_URING_SQE, SQE_CMD_OFFSET } from "../../abi/io_uring.ts";
 import type { Layout } from "../../abi/struct.ts";
 import { UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC } from "../../abi/ublk_structs.ts";
 import { loadShim, SHIM_VERSION } from "../../ffi/load.ts";
 import {
+  COMMAND_FETCH,
   COMMAND_READ,
+  COMMAND_WAKE,
   COMMAND_WRITE,
   COMMAND_WRITE_ZEROES,
   PAYLOAD_COUNT,
   type QueueConfig,
+  RECORD_BYTES,
   Shim,
   TAG_BITS,
   unpackBinary,
@@ -48,7 +52,7 @@ const wakeFd = native.ubd_eventfd(0);
 
 /** A null pointer where the table says `buffer`. */
 const NULL = null as unknown as Uint8Array<ArrayBuffer>;
-const { EBADF, EINVAL, ENFILE, ENODEV, ENOENT } = ERRNO;
+const { EAGAIN, EBADF, EINVAL, ENFILE, ENODEV, ENOENT } = ERRNO;
 
 const CONFIG: QueueConfig = {
   charFd: -1,
@@ -217,6 +221,34 @@ test("ubd_step refuses data outside the tag's buffer and offsets that are no num
     }
   }
   native.ubd_close(file);
+});
+
+test("a step that brought something keeps the eventfd quiet until one brings nothing", async () => {
+  const [wake, rung] = [native.ubd_eventfd(0), native.ubd_eventfd(1)];
+  const memory = shim.queueInit({ ...CONFIG, wakeFd: wake });
+  assert.ok(typeof memory !== "number");
+  const commands = new Int32Array(memory.commands);
+  const step = (...ops: number[]) => {
+    ops.forEach((op, at) => commands.set([op, 0, 0, 0], at * RECORD_BYTES / 4));
+    return native.ubd_step(memory.handle, ops.length, 0);
+  };
+  const isRung = async () => {
+    // The kernel rings an eventfd late when it was another one that brought the completion.
+    await sleep(100);
+    return native.ubd_wait(rung) !== -EAGAIN;
+  };
+  assert.equal(native.ubd_queue_notify(memory.handle, rung), 0);
+  assert.equal(step(COMMAND_WAKE, COMMAND_FETCH), 1);
+  await isRung(); // By the FETCH, which is a NOP here.
+  native.ubd_wake(wake);
+  assert.equal(await isRung(), false, "rung for who comes back anyway");
+  assert.equal(step(), 1);
+  assert.equal(step(COMMAND_WAKE), 0);
+  native.ubd_wake(wake);
+  assert.equal(await isRung(), true, "not rung for who sleeps");
+  assert.equal(step(), 1);
+  assert.equal(native.ubd_queue_exit(memory.handle), 0);
+  for (const fd of [wake, rung]) native.ubd_close(fd);
 });
 
 test("ubd_control_submit refuses payloads outside its areas", () => {
