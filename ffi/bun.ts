@@ -30,11 +30,13 @@ export const adapter: Adapter = {
     return toArrayBuffer(address as Parameters<typeof toArrayBuffer>[0], 0, sizeBytes);
   },
 
-  provideLibrary(library) {
+  provideLibrary(modules) {
     Bun.plugin({
       name: "ubd",
       setup(build) {
-        build.module("ubd", () => ({ loader: "object", exports: library }));
+        for (const [name, exports] of Object.entries(modules)) {
+          build.module(name, () => ({ loader: "object", exports: { ...exports } }));
+        }
       },
     });
   },

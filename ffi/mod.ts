@@ -24,7 +24,7 @@ export const canLockMemory: boolean = adapter.canLockMemory;
 /** Arguments that make process.execPath run this program again. */
 export const rerunArguments: () => string[] = adapter.rerunArguments;
 
-/** Lets modules loaded from now on import this library by its name. */
+/** Lets modules loaded from now on import this library by its names. */
 export const provideLibrary: Adapter["provideLibrary"] = adapter.provideLibrary;
 
 /** @param packed one of shim_binary.ts. */

@@ -77,8 +77,8 @@ export interface Adapter {
   load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table>;
   /** A view of native memory, no copy. The caller knows how long the memory lives. */
   view(address: number, sizeBytes: number): ArrayBuffer;
-  /** Lets modules loaded from now on import this library by its name, if nothing else does. */
-  provideLibrary(library: Record<string, unknown>): void;
+  /** Lets modules loaded from now on import these by their names, if nothing else does. */
+  provideLibrary(modules: Record<string, object>): void;
   /** Makes an eventfd and calls `signalled` on the event loop whenever it has been written. */
   watch(shim: { path: string; native: Native }, signalled: () => void): Watch | number;
 }

@@ -18,10 +18,14 @@ function bun(...args: string[]): void {
   execFileSync("bun", ["build", ...args], { cwd: ROOT, stdio: ["ignore", "ignore", "inherit"] });
 }
 
+/** What testing/ takes from whoever uses it. */
+const USERS = ["--external", "fast-check"];
+
 /** A root tool must not run code or take settings from the directory it is started in. */
 export const EXECUTABLE = [
   ...["--compile", "--minify", "--bytecode", "--format=esm"],
   ...["--no-compile-autoload-dotenv", "--no-compile-autoload-bunfig"],
+  ...USERS,
 ];
 
 export async function build(): Promise<void> {
@@ -30,7 +34,7 @@ export async function build(): Promise<void> {
   mkdirSync(join(ROOT, "dist"));
   bun(...EXECUTABLE, "cli/main.ts", "--outfile", "dist/ubd");
   // target=node keeps node: and bun: imports as they are, for both runtimes.
-  const bundle = ["--target=node", "--external", "bun:ffi"];
+  const bundle = ["--target=node", "--external", "bun:ffi", ...USERS];
   bun(...bundle, "--minify", "cli/main.ts", "--outfile", "dist/cli.js");
   bun(...bundle, "mod.ts", "--outfile", "dist/mod.js");
   bun(...bundle, "testing/mod.ts", "--outfile", "dist/testing.js");

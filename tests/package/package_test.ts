@@ -139,7 +139,8 @@ for (const [runtime, args] of [["bun", []], ["deno", ["run", "-A", "-q"]]] as co
     );
     const [version, names] = JSON.parse(output(installed, runtime, [...args, "import.mjs"]));
     assert.strictEqual(version, VERSION);
-    for (const name of ["UblkError", "UsageError", "createDevice", "defineTarget"]) {
+    const some = ["UblkError", "createDevice", "defineTarget", "faultTarget", "httpTarget"];
+    for (const name of some) {
       assert.ok(names.includes(name), name);
     }
     assert.ok(existsSync(join(installed, "node_modules/ubd/mod.ts")));
@@ -160,6 +161,27 @@ for (const [runtime, args] of [["bun", []], ["deno", ["run", "-A", "-q"]]] as co
     assert.strictEqual(byte, 1);
     assert.match(missing, /^checkAgainstModel needs the package fast-check: install it/);
     assert.ok(existsSync(join(installed, "node_modules/ubd/testing/mod.ts")));
+  });
+}
+
+for (
+  const [form, command] of Object.entries({
+    "the executable": [join(ROOT, "dist", "ubd")],
+    "Bun": ["bun", join(ROOT, "dist", "cli.js")],
+    "Deno": ["deno", "run", "-A", "-q", join(ROOT, "dist", "cli.js")],
+  })
+) {
+  test(`a module that ${form} serves may import "ubd/testing", installed or not`, OPTIONS, () => {
+    const cwd = directory(`module of ${form}`);
+    writeFileSync(
+      join(cwd, "x.ts"),
+      `import { defineTarget } from "ubd";
+       import { openForTesting } from "ubd/testing";
+       const options = { a: { type: "string", default: typeof openForTesting } } as const;
+       export default defineTarget({ options, open: () => ({ size: 512, read() {} }) });`,
+    );
+    const [program, ...args] = [...command, "add", "./x.ts", "--help"];
+    assert.match(output(cwd, program!, args), /--opt a=STRING +\(default: function\)/);
   });
 }
 
