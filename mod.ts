@@ -46,6 +46,9 @@ export {
   fault,
   type FaultOperation,
   type FaultOptions,
+  faultTarget,
   type FaultyDevice,
 } from "./targets/fault.ts";
+export { httpTarget } from "./targets/http.ts";
+export { memoryTarget } from "./targets/memory.ts";
 export { VERSION } from "./core/version.ts";

@@ -38,7 +38,10 @@ export interface ServedDevice extends AsyncDisposable {
   readonly id: number;
   /** The block device, such as "/dev/ublkb0". */
   readonly path: string;
-  /** Settles when it is no longer served: resolves after a stop, whoever ordered it. */
+  /**
+   * Settles when it is no longer served: resolves after a stop, whoever ordered it; rejects when
+   * the ring or the driver refused to go on, which `log` is told too. The device is gone then.
+   */
   readonly closed: Promise<void>;
   /** What was answered so far. */
   stats(): DeviceStats;
@@ -91,15 +94,22 @@ export async function createDevice(
   }
 
   let stopped: Promise<void> | undefined;
-  const stop = () => stopped ??= device.stop().finally(() => control[Symbol.dispose]());
+  const stop = () => stopped ??= device.stop();
   const stopOnSignal = () => void stop().catch((error) => log((error as Error).message));
   if (stopOnSignals) { for (const signal of SIGNALS) process.on(signal, stopOnSignal); }
-  const closed = device.ended.finally(() => {
-    for (const signal of SIGNALS) process.off(signal, stopOnSignal);
+  const closed = device.ended.then(() => {
     device.letGo();
-    // Whoever else stopped it also deletes it.
-    stopped ??= Promise.resolve(control[Symbol.dispose]());
-  }).then(() => stopped);
+    return stopped ??= Promise.resolve(); // Whoever else stopped it also deletes it.
+  }, async (error) => {
+    log(`${device.path} is no longer served: ${(error as Error)?.message ?? error}`);
+    const deleted = device.abandon();
+    deleted.catch((second) => log((second as Error).message));
+    await Promise.allSettled([stopped ??= deleted, deleted]);
+    throw error;
+  }).finally(() => {
+    for (const signal of SIGNALS) process.off(signal, stopOnSignal);
+    control[Symbol.dispose]();
+  });
   closed.catch(() => {});
   return {
     id: device.info.id,

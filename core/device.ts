@@ -292,6 +292,17 @@ export class Device {
     await ignoring(["ENODEV"], this.#control.deleteDevice(this.info.id));
   }
 
+  /**
+   * Deletes the device after `ended` was rejected: one queue is gone, the others leave now. What
+   * they were asked fails.
+   */
+  async abandon(): Promise<void> {
+    for (const thread of this.#threads) thread.abandon();
+    await Promise.allSettled(this.#threads.map((thread) => thread.ended));
+    this.letGo();
+    await ignoring(["ENODEV"], this.#control.deleteDevice(this.info.id));
+  }
+
   /** After `ended`, before `letGo`: true when it was quiesced, false when it was stopped. */
   async isQuiesced(): Promise<boolean> {
     try {

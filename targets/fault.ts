@@ -355,6 +355,20 @@ const rate = (what: string) => ({
   description: `probability from 0 to 1 that ${what}`,
 });
 
+/**
+ * `ubd add fault`, for programs: a device in memory, or in the `file` given, around which are the
+ * faults that the other options say, by the names of {@linkcode FaultOptions}. To wrap a device of
+ * your own, call {@linkcode fault}.
+ *
+ * @example
+ * ```ts
+ * import { createDevice, faultTarget } from "ubd";
+ *
+ * const options = { size: "64M", errorRate: 0.01, operations: "write" };
+ * await using device = await createDevice(faultTarget, { options });
+ * console.log(device.path);
+ * ```
+ */
 export const faultTarget: Target = defineTarget({
   options: {
     file: { type: "path", description: "what it keeps its data in; without: in memory" },

@@ -32,6 +32,19 @@ const READS_MAX = 32;
 
 const SECTOR_BYTES = 512;
 
+/**
+ * `ubd add http`, for programs: an image on a web server, read-only. Options: `url`, and if you
+ * like `cache` (a file), `readahead` (bytes), `timeout` (seconds) and `etag`.
+ *
+ * @example
+ * ```ts
+ * import { createDevice, httpTarget } from "ubd";
+ *
+ * const options = { url: "https://example.org/disk.img", cache: "/var/tmp/disk.cache" };
+ * await using device = await createDevice(httpTarget, { options });
+ * console.log(device.path);
+ * ```
+ */
 export const httpTarget: Target = defineTarget({
   options: {
     url: { type: "string", required: true, description: "of the image: https://... or http://..." },

@@ -95,6 +95,18 @@ export function memoryDevice(
   };
 }
 
+/**
+ * `ubd add memory`, for programs: a sparse disk in memory. Options: `size` (default: "1G") and
+ * `blockSize` (default: 512), both in bytes.
+ *
+ * @example
+ * ```ts
+ * import { createDevice, memoryTarget } from "ubd";
+ *
+ * await using device = await createDevice(memoryTarget, { options: { size: "64M" } });
+ * console.log(device.path);
+ * ```
+ */
 export const memoryTarget: Target = defineTarget({
   options: {
     size: { type: "size", default: "1G", description: "size of the device" },

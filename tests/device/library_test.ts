@@ -138,6 +138,42 @@ deviceTest("asynchronous devices, two in a process: fio verify, and many request
   assert.ok(peak >= 40, `at most ${peak} requests were in flight at once`);
 });
 
+/** One of its two queues fails when it answers for the middle of the device. */
+const FAILS = `
+import { createDevice, defineTarget } from "${CHECKOUT}/mod.ts";
+import { Queue } from "${CHECKOUT}/core/queue.ts";
+const { commit } = Queue.prototype;
+Queue.prototype.commit = function (tag, result) {
+  if (this.offset(tag) === 512 * 1024 ** 2) return this.break(new Error("planted"));
+  commit.call(this, tag, result);
+};
+const zeroes = defineTarget({ size: 1024 ** 3, read() {} });
+await using device = await createDevice(zeroes, { queues: 2 });
+console.log(device.path);
+await device.closed.catch((error) => console.log(\`closed: \${error.message}\`));
+`;
+
+deviceTest("a program whose queue fails has its device deleted", {
+  anyKernel: true,
+}, async (scene) => {
+  const job = scene.start([...RUNTIMES.bun, moduleFile(scene, "fails.ts", FAILS)]);
+  const [path] = await told(job, 1);
+  const read = `if=${path} of=/dev/null bs=4k count=1 iflag=direct`;
+  const others = scene.run([
+    "fio",
+    ..."--name=o --rw=randread --direct=1 --size=64M".split(" "),
+    `--filename=${path}`,
+    "--time_based",
+    "--runtime=60",
+  ]);
+  assert.equal((await scene.run(["dd", ...read.split(" "), "skip=131072"])).code, 1);
+  assert.equal((await others).code, 1);
+  const { code, stdout, stderr } = await job.ended;
+  assert.equal(code, 0, stderr);
+  assert.match(stdout, /^closed: planted$/m);
+  assert.match(stderr, /is no longer served: planted/);
+});
+
 /** Does something bad when it is asked for what is behind the first 64 KiB. */
 const bad = (deed: string) => `
 import process from "node:process";

@@ -15,7 +15,34 @@ const TARGETS: Record<string, (scene: Scene) => string[]> = {
   memory: () => ["memory", "--size", `${MEBIBYTES}M`],
   concat: (scene) => ["concat", ...parts(scene, [MEBIBYTES - 1, 1])],
   stripe: (scene) => ["stripe", ...parts(scene, [MEBIBYTES / 2, MEBIBYTES / 2])],
+  "an asynchronous module": (scene) => {
+    const file = join(scene.directory, "later.ts");
+    writeFileSync(file, LATER);
+    return [file];
+  },
 };
+
+/** Every function awaits a timer; all queues share a buffer. */
+const LATER = `
+import { defineTarget } from "ubd";
+import { setTimeout as sleep } from "node:timers/promises";
+export default defineTarget({
+  share: () => new SharedArrayBuffer(${MEBIBYTES << 20}),
+  open(_options, shared) {
+    const disk = new Uint8Array(shared);
+    return {
+      size: disk.length,
+      async read({ offset, length, buffer }) {
+        await sleep(1);
+        buffer.set(disk.subarray(offset, offset + length));
+      },
+      async write({ offset, buffer }) {
+        await sleep(1);
+        disk.set(buffer, offset);
+      },
+    };
+  },
+});`;
 
 function parts(scene: Scene, mebibytes: number[]): string[] {
   return mebibytes.map((size, index) => scene.image(`${index}.img`, size << 20));
