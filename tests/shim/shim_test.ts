@@ -27,6 +27,7 @@ import type { Layout } from "../../abi/struct.ts";
 import { UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC } from "../../abi/ublk_structs.ts";
 import { loadShim, SHIM_VERSION } from "../../ffi/load.ts";
 import {
+  COMMAND_BYTES,
   COMMAND_FETCH,
   COMMAND_READ,
   COMMAND_WAKE,
@@ -34,7 +35,6 @@ import {
   COMMAND_WRITE_ZEROES,
   PAYLOAD_COUNT,
   type QueueConfig,
-  RECORD_BYTES,
   Shim,
   TAG_BITS,
   unpackBinary,
@@ -229,7 +229,7 @@ test("a step that brought something keeps the eventfd quiet until one brings not
   assert.ok(typeof memory !== "number");
   const commands = new Int32Array(memory.commands);
   const step = (...ops: number[]) => {
-    ops.forEach((op, at) => commands.set([op, 0, 0, 0], at * RECORD_BYTES / 4));
+    for (const [at, op] of ops.entries()) commands[at * COMMAND_BYTES / 4] = op << TAG_BITS;
     return native.ubd_step(memory.handle, ops.length, 0);
   };
   const isRung = async () => {
