@@ -174,6 +174,47 @@ deviceTest("a program whose queue fails has its device deleted", {
   assert.match(stderr, /is no longer served: planted/);
 });
 
+/** What a read does in each block of 64 KiB from the device's middle on, and what dd is told. */
+const MISDEEDS = [
+  ['throw Object.assign(new Error("full"), { code: "ENOSPC" });', "No space left on device"],
+  ['return Promise.reject(new Error("oops"));', "Input/output error"],
+  ["return NaN;", "Input/output error"],
+  ["return length + 1;", "Input/output error"],
+  ["return new Promise(() => {});", "Connection timed out"],
+] as const;
+
+const MISBEHAVES = `
+export default {
+  size: 64 * 1024 ** 2,
+  timeoutMs: 500,
+  read({ offset, length, buffer }) {
+    switch (offset / 65536 - 512) {
+      ${MISDEEDS.map(([deed], index) => `case ${index}: ${deed}`).join("\n      ")}
+    }
+    buffer.fill(97);
+  },
+};`;
+
+deviceTest(
+  "a handler that throws, rejects, answers nonsense or never: one errno, and it lives on",
+  {
+    anyKernel: true,
+  },
+  async (scene) => {
+    const device = await scene.add(moduleFile(scene, "misbehaves.ts", MISBEHAVES));
+    const read = (block: number) =>
+      scene.run(["dd", `if=${device.path}`, "bs=64k", "count=1", `skip=${block}`, "iflag=direct"]);
+    for (const [index, [deed, told]] of MISDEEDS.entries()) {
+      const { code, stderr } = await read(512 + index);
+      assert.equal(code, 1, deed);
+      assert.match(stderr, new RegExp(`error reading .*: ${told}`), deed);
+      assert.equal((await read(0)).stdout, "a".repeat(65536), deed);
+    }
+    assert.match((await scene.ubd("list", "-n", `${device.id}`)).stdout, / state LIVE\n/);
+    await scene.del(device);
+  },
+);
+
 /** Does something bad when it is asked for what is behind the first 64 KiB. */
 const bad = (deed: string) => `
 import process from "node:process";
