@@ -5,7 +5,16 @@
  */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type BlockDevice, defineTarget, type Target } from "../../mod.ts";
+import {
+  type BlockDevice,
+  createDevice,
+  defineTarget,
+  fault,
+  faultTarget,
+  httpTarget,
+  memoryTarget,
+  type Target,
+} from "../../mod.ts";
 import type { FastCheck } from "../../testing/mod.ts";
 import fc from "fast-check";
 
@@ -86,4 +95,18 @@ test("devices that are wrong do not compile", () => {
   // @ts-expect-error a device has a read
   const device: BlockDevice = { size };
   assert.ok(device);
+});
+
+test("ready-made targets are targets, with values for options", () => {
+  const serve = () => [
+    createDevice(memoryTarget, { options: { size: "64M", blockSize: 4096 } }),
+    createDevice(httpTarget, { queues: 1, options: { url: "https://example.org/disk.img" } }),
+    createDevice(faultTarget, { options: { cache: true } }),
+    createDevice(fault({ size, read }, { errorRate: 0.5 })),
+    // @ts-expect-error an option is text, a number or a boolean
+    createDevice(httpTarget, { options: { url: new URL("https://example.org") } }),
+    // @ts-expect-error a target is no device
+    createDevice(fault(memoryTarget, { errorRate: 0.5 })),
+  ];
+  assert.ok(serve); // Not called: nothing is served here.
 });
