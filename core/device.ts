@@ -354,7 +354,7 @@ interface Queues {
   release(): void;
 }
 
-/** Opens the character device and starts a thread for each queue. */
+/** Starts a thread for each queue and opens the character device. */
 async function attach(
   control: Control,
   info: DeviceInfo,
@@ -363,9 +363,16 @@ async function attach(
   prepare?: () => Promise<void>,
 ): Promise<Queues> {
   const { dialect, shim } = control;
+  const target = { name: options.targetName, spec: options.target.spec };
+  // First: a runtime takes longer to start in a thread than all the rest.
+  const threads = Array.from(
+    { length: info.queues },
+    (_, queueId) =>
+      options.target.startThread?.(queueId) ??
+        startQueueThread(options.queueThreadEntry, target, queueId, shim, options.log),
+  );
   const nodes: string[] = [];
-  const fds = [await openCharDevice(control, info, nodes)];
-  const threads: QueueThread[] = [];
+  const fds: number[] = [];
   const affinities: number[][] = [];
   const release = once(() => {
     for (const fd of fds) shim.native.ubd_close(fd);
@@ -376,14 +383,15 @@ async function attach(
     await Promise.allSettled(threads.map((thread) => thread.ended));
     release();
   });
+  const charFd = await openCharDevice(control, info, nodes);
+  fds.push(charFd);
   // An unprivileged device takes commands only from who may open it, so not before now.
   await prepare?.();
 
-  const target = { name: options.targetName, spec: options.target.spec };
   const tidsKnown: Promise<number>[] = [];
   const pageBytes = pageSize();
   const zeroCopy = zeroCopyOf(info.flags);
-  for (let queueId = 0; queueId < info.queues; queueId++) {
+  for (const [queueId, thread] of threads.entries()) {
     const wakeFd = shim.native.ubd_eventfd(0);
     if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: info.id });
     fds.push(wakeFd);
@@ -391,7 +399,7 @@ async function attach(
     affinities.push(cpus);
     const config = {
       cpus,
-      charFd: fds[0]!,
+      charFd,
       wakeFd,
       queueId,
       depth: info.depth,
@@ -408,9 +416,6 @@ async function attach(
         unregisterOpcode: dialect.ioOpcode("UNREGISTER_IO_BUF", control.ioctlEncoded),
       },
     };
-    const thread = options.target.startThread?.(queueId) ??
-      startQueueThread(options.queueThreadEntry, target, queueId, shim, options.log);
-    threads.push(thread);
     tidsKnown.push(thread.serve(config));
   }
   const tids = await Promise.all(tidsKnown);
