@@ -21,7 +21,7 @@ import { Control } from "../core/control.ts";
 import type { DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { inPrivateMounts, mountNamespace } from "../core/isolation.ts";
-import { rerunArguments, Shim } from "../ffi/mod.ts";
+import { rerunArguments, restfulEnvironment, Shim } from "../ffi/mod.ts";
 import { EXIT, type Failure } from "./exit.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
@@ -135,6 +135,7 @@ export async function spawnServer(
     spawn(execPath, args, {
       detached: true,
       cwd: "/",
+      env: { ...process.env, ...restfulEnvironment },
       stdio: ["pipe", "pipe", "pipe"],
     });
   // A supervisor serves nothing, so nothing waits for it; the servers it starts need to find

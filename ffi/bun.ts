@@ -10,6 +10,8 @@ const TYPE_NAMES = { u32: "u32", i32: "i32", f64: "f64", buffer: "ptr" } as cons
 export const adapter: Adapter = {
   runtime: `Bun ${process.versions.bun}`,
   canLockMemory: true,
+  // Else the main thread wakes every few seconds to look at its heap.
+  restfulEnvironment: { BUN_GC_TIMER_DISABLE: "1" },
 
   rerunArguments() {
     return import.meta.url.includes("/$bunfs/") ? [] : [process.argv[1]!];

@@ -22,6 +22,7 @@ function importMap(): string {
 export const adapter: Adapter = {
   runtime: `Deno ${Deno.version.deno}`,
   canLockMemory: false,
+  restfulEnvironment: {},
 
   rerunArguments() {
     if (Deno.build.standalone) return [];

@@ -21,6 +21,9 @@ export const runtime: string = adapter.runtime;
 /** Whether this runtime bears mlockall. */
 export const canLockMemory: boolean = adapter.canLockMemory;
 
+/** For a server: see Adapter. */
+export const restfulEnvironment: Adapter["restfulEnvironment"] = adapter.restfulEnvironment;
+
 /** Arguments that make process.execPath run this program again. */
 export const rerunArguments: () => string[] = adapter.rerunArguments;
 

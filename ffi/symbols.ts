@@ -69,6 +69,8 @@ export interface Adapter {
   readonly runtime: string;
   /** Whether it runs in memory that is locked: V8 ends when the kernel refuses to drop pages. */
   readonly canLockMemory: boolean;
+  /** Environment in which a process that has nothing to do does nothing. */
+  readonly restfulEnvironment: Readonly<Record<string, string>>;
   /** What to put behind process.execPath to start this program again; empty when compiled. */
   rerunArguments(): string[];
   /** Undoes raw DEFLATE. */
