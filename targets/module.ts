@@ -8,7 +8,6 @@ import { UblkError, UsageError } from "../core/error.ts";
 import type { ServedTarget } from "../core/target.ts";
 import { provideLibrary } from "../ffi/mod.ts";
 import * as library from "../mod.ts";
-import * as testing from "../testing/mod.ts";
 
 /** Name of the target that a module is, in specs and state files. */
 export const MODULE_TARGET = "module";
@@ -36,10 +35,8 @@ export function isModule(name: string): boolean {
 
 /** @throws {UsageError} the module cannot be loaded, or exports no target. */
 export async function loadModule(file: string): Promise<TargetDefinition> {
-  provideLibrary({
-    ubd: library,
-    "ubd/testing": testing,
-  });
+  // The kit is loaded for modules only, not in each server.
+  provideLibrary({ ubd: library, "ubd/testing": await import("../testing/mod.ts") });
   let exported;
   try {
     exported = await import(pathToFileURL(file).href);
