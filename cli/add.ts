@@ -4,11 +4,11 @@
 import { resolve } from "node:path";
 import process from "node:process";
 import { Control } from "../core/control.ts";
+import { ZERO_COPY_WISHES, type ZeroCopyWish } from "../core/data_mode.ts";
 import { checkOptions, DEPTH_DEFAULT, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "../core/device.ts";
 import { describeOptions } from "../core/define_target.ts";
 import { UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
-import { ZERO_COPY_WISHES, type ZeroCopyWish } from "../core/zero_copy.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
 import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
@@ -51,6 +51,7 @@ export interface AddOptions {
   zeroCopy?: ZeroCopyWish;
   /** Zero copy is insisted on. */
   z?: boolean;
+  needGetData?: boolean;
   uring_comp?: boolean;
   need_get_data?: boolean;
   user_recovery?: boolean;
@@ -206,6 +207,9 @@ export function defineDeviceOptions(command: Command): Command {
         .argParser(parseZeroCopy),
     )
     .addOption(option("-z", "the same as --zero-copy=on", DEVICE).conflicts("zeroCopy"))
+    .addOption(
+      option("--need-get-data", "ask for the data of each write; -g 1 in ublk", DEVICE),
+    )
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
     .addOption(option("-f, --file <path>", "the same as naming one file", TARGET))
     .addOption(
@@ -312,11 +316,9 @@ export function toSpec(
     compInTask: options.uring_comp ?? false,
     noPartScan: !options.partscan,
     zeroCopy: options.zeroCopy ?? (options.z ? "on" as const : "auto" as const),
+    needGetData: options.needGetData ?? options.need_get_data ?? false,
   };
   checkOptions(device);
-  if (options.need_get_data) {
-    throw new UsageError("-g 1: ubd does not support NEED_GET_DATA yet; leave it out");
-  }
   for (const name of ["supervise", "watch"] as const) {
     if (options[name] && options.foreground) {
       throw new UsageError(`--${name} is for servers in the background: leave out --foreground`);

@@ -18,6 +18,7 @@ import { writeFileSync } from "node:fs";
 import process from "node:process";
 import type { Readable, Writable } from "node:stream";
 import { Control } from "../core/control.ts";
+import type { DataWish } from "../core/data_mode.ts";
 import type { DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { inPrivateMounts, mountNamespace } from "../core/isolation.ts";
@@ -26,7 +27,7 @@ import { EXIT, type Failure } from "./exit.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
-  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax" | "zeroCopy"> & {
+  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax"> & DataWish & {
     compInTask: boolean;
     noPartScan: boolean;
   };

@@ -18,19 +18,20 @@ import type { DeviceInfo } from "../abi/dialect.ts";
 import { ERRNO, errnoName } from "../abi/errno.ts";
 import {
   FEATURE_NAMES,
+  UBLK_F_NEED_GET_DATA,
   UBLK_F_UNPRIVILEGED_DEV,
   UBLK_S_DEV_DEAD,
   UBLK_S_DEV_LIVE,
 } from "../abi/ublk_cmd.ts";
 import type { Shim } from "../ffi/mod.ts";
 import { type Control, lackError } from "./control.ts";
+import { chooseDataMode, type DataWish, noteOf, zeroCopyOf } from "./data_mode.ts";
 import { UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
 import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
 import { type DeviceStats, sumStats } from "./stats.ts";
 import type { OpenTarget } from "./target.ts";
-import { chooseZeroCopy, zeroCopyOf, type ZeroCopyWish } from "./zero_copy.ts";
 
 export const QUEUES_DEFAULT = 1;
 export const QUEUES_MAX = 4096;
@@ -66,7 +67,7 @@ export interface TakeOverOptions extends RecoverOptions {
   confirm?: () => void;
 }
 
-export interface DeviceOptions extends RecoverOptions {
+export interface DeviceOptions extends RecoverOptions, DataWish {
   /** -1: the driver chooses. */
   id: number;
   queues: number;
@@ -74,10 +75,8 @@ export interface DeviceOptions extends RecoverOptions {
   depth: number;
   /** Largest READ or WRITE in bytes, a multiple of 4096. */
   ioBytesMax: number;
-  /** UBLK_F_*, those of zero copy aside. */
+  /** UBLK_F_*, those of the data's way aside. */
   flags: bigint;
-  /** Default: "auto". */
-  zeroCopy?: ZeroCopyWish;
   /** Told as soon as the device exists in the driver. */
   onAdded?: (id: number) => void;
 }
@@ -152,8 +151,8 @@ export class Device {
       const offer = zeroCopy && options.flags & UBLK_F_UNPRIVILEGED_DEV
         ? { obstacle: "the driver denies it to unprivileged devices" }
         : zeroCopy;
-      const choice = chooseZeroCopy(options.zeroCopy ?? "auto", offer, features);
-      const flags = options.flags | choice.flags;
+      const mode = chooseDataMode(options, offer, features);
+      const flags = options.flags | mode.flags;
       refuseLackingFeatures(flags & ~control.dialect.flagsMask);
       toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
 
@@ -172,7 +171,7 @@ export class Device {
       checkpoint("added");
       const queues = await attach(control, info, options, undo, async () => {
         if (!control.dialect.hasParams) return;
-        const align = choice.flags && offer && "memoryAlignBytes" in offer
+        const align = zeroCopyOf(mode.flags) && offer && "memoryAlignBytes" in offer
           ? offer.memoryAlignBytes
           : undefined;
         await control.setParams(info.id, toParams(limits, info.maxIoBytes, align));
@@ -180,7 +179,7 @@ export class Device {
       undo.push(() => control.stopDevice(info.id));
       await queues.during("START_DEV", control.startDevice(info.id, process.pid));
       checkpoint("started");
-      const notes = choice.note === undefined ? [] : [choice.note];
+      const notes = mode.note === undefined ? [] : [mode.note];
       return await Device.#live(control, info.id, queues, notes, options);
     });
   }
@@ -208,14 +207,14 @@ export class Device {
         );
       }
       const offer = options.target.zeroCopy;
-      const zeroCopy = zeroCopyOf(info.flags) !== undefined;
-      if (zeroCopy && (!offer || "obstacle" in offer)) {
+      if (zeroCopyOf(info.flags) && (!offer || "obstacle" in offer)) {
         throw new UsageError(
           `Device ${id} has zero copy, and its target can no longer do it` +
             (offer ? `: ${offer.obstacle}` : ""),
         );
       }
-      const notes = offer ? [zeroCopy ? "zero copy" : "zero copy: off, as before"] : [];
+      const note = noteOf(info.flags, offer);
+      const notes = note === undefined ? [] : [note];
       const queues = await attach(control, info, options, undo);
       await queues.during("END_USER_RECOVERY", control.endUserRecovery(id, process.pid));
       checkpoint("recovered");
@@ -415,6 +414,9 @@ async function attach(
         registerOpcode: dialect.ioOpcode("REGISTER_IO_BUF", control.ioctlEncoded),
         unregisterOpcode: dialect.ioOpcode("UNREGISTER_IO_BUF", control.ioctlEncoded),
       },
+      getDataOpcode: info.flags & UBLK_F_NEED_GET_DATA
+        ? dialect.ioOpcode("NEED_GET_DATA", control.ioctlEncoded)
+        : undefined,
     };
     tidsKnown.push(thread.serve(config));
   }

@@ -23,7 +23,12 @@
 
 import { setImmediate } from "node:timers";
 import { ERRNO } from "../abi/errno.ts";
-import { UBLK_IO_F_NEED_REG_BUF, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
+import {
+  UBLK_IO_F_NEED_REG_BUF,
+  UBLK_IO_OP_READ,
+  UBLK_IO_OP_WRITE,
+  UBLK_IO_RES_NEED_GET_DATA,
+} from "../abi/ublk_cmd.ts";
 import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
 import {
   COMMAND_BYTES,
@@ -31,6 +36,7 @@ import {
   COMMAND_FALLOCATE,
   COMMAND_FETCH,
   COMMAND_FSYNC,
+  COMMAND_GET_DATA,
   COMMAND_READ,
   COMMAND_REGISTER,
   COMMAND_UNREGISTER,
@@ -377,6 +383,9 @@ export class Queue implements Disposable {
   #arrived(tag: number, result: number, handler: RequestHandler): void {
     assert(this.#state[tag] === FETCHED, "request on a tag that was not fetched");
     if (result !== 0) {
+      // A WRITE whose data is to be asked for. The answer is as that of a FETCH: the driver may
+      // have put the request back, and come with another.
+      if (result === UBLK_IO_RES_NEED_GET_DATA) return void this.#command(COMMAND_GET_DATA, tag, 0);
       this.#retire(tag, result);
       handler.stopping?.();
     } else if (this.#mustRegister(tag)) {

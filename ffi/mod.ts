@@ -44,6 +44,7 @@ export const COMMAND_WAKE = 6;
 export const COMMAND_WRITE_ZEROES = 7;
 export const COMMAND_REGISTER = 8;
 export const COMMAND_UNREGISTER = 9;
+export const COMMAND_GET_DATA = 10;
 
 /** Kind of an event: an io command, a file operation, the wake-up read. */
 export const EVENT_REQUEST = 0;
@@ -81,6 +82,8 @@ export interface QueueConfig {
   descriptorBytes: number;
   /** Absent: the driver copies data to and from the tags' buffers. */
   zeroCopy?: ZeroCopyConfig | undefined;
+  /** The driver waits for this command before it copies the data of a WRITE. */
+  getDataOpcode?: number | undefined;
 }
 
 /** A request's own pages are the ring's registered buffer with the number of its tag. */
@@ -142,6 +145,7 @@ export class Shim {
       words[12] = config.zeroCopy.registerOpcode;
       words[13] = config.zeroCopy.unregisterOpcode;
     }
+    words[14] = config.getDataOpcode ?? 0;
     new Float64Array(bytes)[5] = config.descriptorOffset;
     const handle = this.native.ubd_queue_init(words);
     if (handle < 0) return handle;

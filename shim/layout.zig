@@ -139,7 +139,8 @@ pub const QueueConfig = extern struct {
     desc_offset: f64,
     register_op: u32,
     unregister_op: u32,
-    reserved: u64,
+    get_data_op: u32,
+    reserved: u32,
 };
 
 /// One control command: 40 bytes, written by ffi/mod.ts.
@@ -179,7 +180,7 @@ comptime {
     check(Params, 120, .{ .sq_entries = 0, .cq_entries = 4, .flags = 8, .sq_thread_cpu = 12, .sq_thread_idle = 16, .features = 20, .wq_fd = 24, .resv = 28, .sq_off = 40, .cq_off = 80 });
     check(Command, 32, .{ .tag = 0, .op = 2, .value = 4, .flags = 8, .buffer_offset = 12, .length = 16, .offset = 24 });
     check(Event, 8, .{ .tag = 0, .kind = 2, .result = 4 });
-    check(QueueConfig, 64, .{ .char_fd = 0, .wake_fd = 4, .queue_id = 8, .depth = 12, .io_bytes_max = 16, .fetch_op = 20, .commit_op = 24, .sqe128 = 28, .desc_bytes = 32, .data_mode = 36, .desc_offset = 40, .register_op = 48, .unregister_op = 52, .reserved = 56 });
+    check(QueueConfig, 64, .{ .char_fd = 0, .wake_fd = 4, .queue_id = 8, .depth = 12, .io_bytes_max = 16, .fetch_op = 20, .commit_op = 24, .sqe128 = 28, .desc_bytes = 32, .data_mode = 36, .desc_offset = 40, .register_op = 48, .unregister_op = 52, .get_data_op = 56, .reserved = 60 });
     check(ControlRequest, 40, .{ .control_fd = 0, .opcode = 4, .device_id = 8, .queue_id = 12, .payload = 16, .payload_len = 20, .dev_path_len = 24, .pad = 28, .data = 32 });
 }
 

@@ -55,6 +55,7 @@ pub const command_wake = 6;
 pub const command_write_zeroes = 7;
 pub const command_register = 8;
 pub const command_unregister = 9;
+pub const command_get_data = 10;
 
 /// Values of QueueConfig.data_mode: the driver copies data to and from the tags' buffers; or a
 /// request's own pages are the ring's buffer number `tag`, put there by command_register, or by
@@ -302,7 +303,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
     sqe.user_data = command.tag | @as(u32, command.op) << 16;
     const buffer = queue.addresses[command.tag];
     switch (command.op) {
-        command_fetch, command_commit, command_register, command_unregister => {
+        command_fetch, command_commit, command_register, command_unregister, command_get_data => {
             if (queue.config.char_fd < 0) {
                 sqe.opcode = op_nop;
                 return 0;
@@ -313,10 +314,11 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
                 command_fetch => queue.config.fetch_op,
                 command_commit => queue.config.commit_op,
                 command_register => queue.config.register_op,
+                command_get_data => queue.config.get_data_op,
                 else => queue.config.unregister_op,
             };
-            const carries_data = command.op == command_fetch or command.op == command_commit;
-            if (carries_data and queue.config.data_mode == data_automatic) {
+            const names_buffer = command.op == command_register or command.op == command_unregister;
+            if (!names_buffer and queue.config.data_mode == data_automatic) {
                 sqe.addr = @as(u32, command.tag) | auto_reg_fallback;
             }
             const io: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
@@ -324,8 +326,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
                 .q_id = @intCast(queue.config.queue_id),
                 .tag = @intCast(command.tag),
                 .result = command.value,
-                // To register and unregister, the number of the buffer.
-                .addr = if (carries_data) buffer else command.tag,
+                .addr = if (names_buffer) command.tag else buffer,
             };
         },
         command_read, command_write, command_write_zeroes => {
@@ -373,7 +374,7 @@ fn drain(queue: *Queue) i32 {
         queue.events[i] = .{
             .tag = @truncate(cqe.user_data),
             .kind = switch (@as(u32, @intCast(cqe.user_data >> 16))) {
-                command_fetch, command_commit => event_request,
+                command_fetch, command_commit, command_get_data => event_request,
                 command_wake => event_wake,
                 else => event_file,
             },

@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 5;
+const shim_version = 6;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);

@@ -16,6 +16,8 @@ import {
   UBLK_IO_OP_FLUSH,
   UBLK_IO_OP_READ,
   UBLK_IO_OP_WRITE,
+  UBLK_IO_RES_NEED_GET_DATA as NEED_GET_DATA,
+  UBLK_IO_RES_OK as OK,
 } from "../../abi/ublk_cmd.ts";
 import { AssertionError } from "../../core/assert.ts";
 import { UblkError } from "../../core/error.ts";
@@ -25,6 +27,7 @@ import {
   COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FETCH,
+  COMMAND_GET_DATA,
   COMMAND_REGISTER,
   COMMAND_UNREGISTER,
   EVENT_BYTES,
@@ -425,6 +428,38 @@ test("Queue.run throws when a buffer cannot be unregistered: its request would w
     () => set.run({ handle: (queue, tag) => queue.commit(tag, 4096) }),
     (error) => error instanceof UblkError && error.operation === "UNREGISTER_IO_BUF",
   );
+  assert.deepStrictEqual(spy.commits, []);
+});
+
+test("Queue asks for the data of a WRITE that came without, and serves what comes then", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 1);
+  spy.describe(0, UBLK_IO_OP_WRITE, 8);
+  // The third answer is one more time that there is data to be asked for.
+  const answers = [NEED_GET_DATA, OK, NEED_GET_DATA, NEED_GET_DATA, OK];
+  spy.onEvent = (event) => {
+    if (event.kind === EVENT_REQUEST) event.result = answers.shift() ?? OK;
+  };
+  serveSome(spy, set, 3, (queue, tag) => queue.commit(tag, 4096));
+  const ours = [COMMAND_GET_DATA, COMMAND_COMMIT];
+  assert.deepStrictEqual(spy.commands.filter(([op]) => ours.includes(op)).slice(0, 6), [
+    [COMMAND_GET_DATA, 0, 0],
+    [COMMAND_COMMIT, 0, 4096],
+    [COMMAND_GET_DATA, 0, 0],
+    [COMMAND_GET_DATA, 0, 0],
+    [COMMAND_COMMIT, 0, 4096],
+    [COMMAND_COMMIT, 0, 4096],
+  ]);
+});
+
+test("Queue retires a tag that the driver takes back when it is asked for data", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 1);
+  const answers = [NEED_GET_DATA, -ENODEV];
+  spy.onEvent = (event) => {
+    if (event.kind === EVENT_REQUEST) event.result = answers.shift()!;
+  };
+  set.run({ handle: () => assert.fail("a request without its data") });
   assert.deepStrictEqual(spy.commits, []);
 });
 

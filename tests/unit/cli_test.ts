@@ -194,7 +194,6 @@ test("ubd add finds mistakes in the device before it opens the driver", TIMEOUT,
   mistake(["add", "null", "-n", "1048576"], "Device id 1048576: it must be from -1 to 1048575");
   mistake(["add", "null", "--max-io-size", "4097"], /^ubd: Largest I\/O 4097: .* multiple of 4096/);
   mistake(["add", "null", "--size", "1Q"], /^ubd: Size "1Q": say bytes, or a number with K, M,/);
-  mistake(["add", "null", "-g", "1"], /^ubd: -g 1: ubd does not support NEED_GET_DATA yet/);
   mistake(["add", "null", "-r", "2"], "-r 2: it must be 0 or 1");
   mistake(["add", "null", "-i", "1", "-e", "1"], "-i 1 and -e 1 exclude each other");
   mistake(["add", "null", "--recovery=maybe"], /^ubd: Recovery "maybe": say --recovery=wait or/);

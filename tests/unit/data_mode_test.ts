@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-/** Who gets zero copy, and what those are told who do not. */
+/** Which way the data of a device goes, and what those are told who get another. */
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
   UBLK_F_AUTO_BUF_REG,
+  UBLK_F_NEED_GET_DATA,
   UBLK_F_SUPPORT_ZERO_COPY,
   UBLK_F_USER_COPY,
   UBLK_F_USER_RECOVERY,
@@ -11,7 +12,7 @@ import {
 import { describeLack } from "../../core/control.ts";
 import { UsageError } from "../../core/error.ts";
 import type { ZeroCopyOffer } from "../../core/target.ts";
-import { chooseZeroCopy, zeroCopyOf } from "../../core/zero_copy.ts";
+import { chooseDataMode, chooseZeroCopy, noteOf, zeroCopyOf } from "../../core/data_mode.ts";
 
 const ABLE: ZeroCopyOffer = { memoryAlignBytes: 512 };
 const UNABLE: ZeroCopyOffer = { obstacle: "the moon is full" };
@@ -53,6 +54,32 @@ test("chooseZeroCopy asks for what is insisted on, be it there or not: the drive
     );
     assert.throws(() => chooseZeroCopy(wish, undefined, BOTH), UsageError);
   }
+});
+
+test("chooseDataMode gives what is asked for in place of zero copy, and never both", () => {
+  assert.deepStrictEqual(chooseDataMode({}, ABLE, BOTH), chooseZeroCopy("auto", ABLE, BOTH));
+  const getData = { flags: UBLK_F_NEED_GET_DATA, note: "get data" };
+  for (const offer of [ABLE, UNABLE, undefined]) {
+    for (const features of [BOTH, 0n]) {
+      for (const zeroCopy of ["auto", "off"] as const) {
+        const wish = { zeroCopy, needGetData: true };
+        assert.deepStrictEqual(chooseDataMode(wish, offer, features), getData);
+      }
+    }
+  }
+  for (const zeroCopy of ["on", "reg"] as const) {
+    assert.throws(
+      () => chooseDataMode({ zeroCopy, needGetData: true }, ABLE, BOTH),
+      (error) => error instanceof UsageError && /GET_DATA .* with zero copy/.test(error.message),
+    );
+  }
+});
+
+test("noteOf says of a device that is taken over what its flags say", () => {
+  assert.strictEqual(noteOf(UBLK_F_NEED_GET_DATA, ABLE), "get data");
+  assert.strictEqual(noteOf(BOTH, ABLE), "zero copy");
+  assert.strictEqual(noteOf(0n, ABLE), "zero copy: off, as before");
+  assert.strictEqual(noteOf(0n, undefined), undefined);
 });
 
 test("zeroCopyOf reads the choice from a device's flags", () => {

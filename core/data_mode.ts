@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: MIT
 /**
- * How the bytes of requests travel: copied by the driver to and from buffers of the server, or not
- * at all, as registered buffers of the queues' rings. Decided once, when a device is added; the
- * driver keeps the decision in the device's flags, where recovery finds it.
+ * How the bytes of requests travel: copied by the driver to and from buffers of the server, at once
+ * or (get data) when the server asks; or not at all, as registered buffers of the queues' rings.
+ * Decided once, when a device is added; the driver keeps the decision in the device's flags, where
+ * recovery finds it.
  * @module
  */
 
-import { UBLK_F_AUTO_BUF_REG, UBLK_F_SUPPORT_ZERO_COPY } from "../abi/ublk_cmd.ts";
+import {
+  UBLK_F_AUTO_BUF_REG,
+  UBLK_F_NEED_GET_DATA,
+  UBLK_F_SUPPORT_ZERO_COPY,
+} from "../abi/ublk_cmd.ts";
 import { describeLack } from "./control.ts";
 import { UsageError } from "./error.ts";
 import type { ZeroCopyOffer } from "./target.ts";
@@ -22,11 +27,42 @@ export const ZERO_COPY_WISHES: readonly ZeroCopyWish[] = ["auto", "on", "reg", "
 /** The driver registers; commands of the queue's own, for what it could not, take the other flag. */
 const AUTOMATIC = UBLK_F_AUTO_BUF_REG | UBLK_F_SUPPORT_ZERO_COPY;
 
-export interface ZeroCopyChoice {
+/** What may be asked for, of which the driver can do one. */
+export interface DataWish {
+  /** Default: "auto", unless one of the others is asked for. */
+  zeroCopy?: ZeroCopyWish;
+  /** The data of a WRITE is copied when the server asks for it. */
+  needGetData?: boolean;
+}
+
+export interface DataMode {
   /** Of UBLK_F_*, for ADD_DEV. */
   flags: bigint;
   /** For a person; undefined when there is nothing to say. */
   note?: string;
+}
+
+/**
+ * @param features what the driver offers; what is insisted on is asked for nevertheless.
+ * @throws {UsageError} the target cannot do what is insisted on, or two things exclude each other.
+ */
+export function chooseDataMode(
+  { zeroCopy = "auto", needGetData = false }: DataWish,
+  offer: ZeroCopyOffer | undefined,
+  features: bigint,
+): DataMode {
+  if (!needGetData) return chooseZeroCopy(zeroCopy, offer, features);
+  if (zeroCopy === "on" || zeroCopy === "reg") {
+    throw new UsageError("GET_DATA is not possible with zero copy: there is no data to get");
+  }
+  return { flags: UBLK_F_NEED_GET_DATA, note: "get data" };
+}
+
+/** The note for a device that is taken over, as its flags say. */
+export function noteOf(flags: bigint, offer: ZeroCopyOffer | undefined): string | undefined {
+  if (flags & UBLK_F_NEED_GET_DATA) return "get data";
+  if (zeroCopyOf(flags)) return "zero copy";
+  return offer && "zero copy: off, as before";
 }
 
 /**
@@ -37,7 +73,7 @@ export function chooseZeroCopy(
   wish: ZeroCopyWish,
   offer: ZeroCopyOffer | undefined,
   features: bigint,
-): ZeroCopyChoice {
+): DataMode {
   if (wish === "off") {
     return offer ? { flags: 0n, note: "zero copy: off, as asked" } : { flags: 0n };
   }
@@ -56,7 +92,7 @@ export function chooseZeroCopy(
   return { flags: AUTOMATIC, note: "zero copy" };
 }
 
-/** The way a device's flags stand for; undefined: data is copied. */
+/** The way of zero copy that a device's flags stand for; undefined: data is copied. */
 export function zeroCopyOf(flags: bigint): { automatic: boolean } | undefined {
   if (!(flags & AUTOMATIC)) return undefined;
   return { automatic: (flags & UBLK_F_AUTO_BUF_REG) !== 0n };
