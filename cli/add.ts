@@ -51,8 +51,11 @@ export interface AddOptions {
   zeroCopy?: ZeroCopyWish;
   /** Zero copy is insisted on. */
   z?: boolean;
+  userCopy?: boolean;
   needGetData?: boolean;
   uring_comp?: boolean;
+  user_copy?: boolean;
+  usercopy?: boolean;
   need_get_data?: boolean;
   user_recovery?: boolean;
   user_recovery_reissue?: boolean;
@@ -208,6 +211,9 @@ export function defineDeviceOptions(command: Command): Command {
     )
     .addOption(option("-z", "the same as --zero-copy=on", DEVICE).conflicts("zeroCopy"))
     .addOption(
+      option("--user-copy", "the server reads and writes /dev/ublkcN for the data", DEVICE),
+    )
+    .addOption(
       option("--need-get-data", "ask for the data of each write; -g 1 in ublk", DEVICE),
     )
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
@@ -243,6 +249,8 @@ export function defineDeviceOptions(command: Command): Command {
         .argParser(collectOption),
     )
     .addOption(new Option("--buffered_io").hideHelp())
+    .addOption(new Option("--user_copy").hideHelp())
+    .addOption(new Option("--usercopy").hideHelp())
     .addOption(new Option("--max_io_buf_bytes <bytes>").argParser(size("Largest I/O")).hideHelp())
     .addOption(new Option("-u, --uring_comp <0|1>").argParser(parseSwitch("-u")).hideHelp())
     .addOption(new Option("-g, --need_get_data <0|1>").argParser(parseSwitch("-g")).hideHelp())
@@ -316,6 +324,7 @@ export function toSpec(
     compInTask: options.uring_comp ?? false,
     noPartScan: !options.partscan,
     zeroCopy: options.zeroCopy ?? (options.z ? "on" as const : "auto" as const),
+    userCopy: (options.userCopy || options.user_copy || options.usercopy) ?? false,
     needGetData: options.needGetData ?? options.need_get_data ?? false,
   };
   checkOptions(device);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /**
  * How the bytes of requests travel: copied by the driver to and from buffers of the server, at once
- * or (get data) when the server asks; or not at all, as registered buffers of the queues' rings.
- * Decided once, when a device is added; the driver keeps the decision in the device's flags, where
+ * or (get data) when the server asks; copied by the server itself (user copy); or not at all, as
+ * registered buffers of the queues' rings. Decided once, when a device is added; the driver keeps the decision in the device's flags, where
  * recovery finds it.
  * @module
  */
@@ -11,6 +11,8 @@ import {
   UBLK_F_AUTO_BUF_REG,
   UBLK_F_NEED_GET_DATA,
   UBLK_F_SUPPORT_ZERO_COPY,
+  UBLK_F_UNPRIVILEGED_DEV,
+  UBLK_F_USER_COPY,
 } from "../abi/ublk_cmd.ts";
 import { describeLack } from "./control.ts";
 import { UsageError } from "./error.ts";
@@ -31,6 +33,8 @@ const AUTOMATIC = UBLK_F_AUTO_BUF_REG | UBLK_F_SUPPORT_ZERO_COPY;
 export interface DataWish {
   /** Default: "auto", unless one of the others is asked for. */
   zeroCopy?: ZeroCopyWish;
+  /** The server copies data by reading and writing the character device. */
+  userCopy?: boolean;
   /** The data of a WRITE is copied when the server asks for it. */
   needGetData?: boolean;
 }
@@ -43,23 +47,38 @@ export interface DataMode {
 }
 
 /**
+ * @param deviceFlags the other UBLK_F_* that the device shall have.
  * @param features what the driver offers; what is insisted on is asked for nevertheless.
- * @throws {UsageError} the target cannot do what is insisted on, or two things exclude each other.
+ * @throws {UsageError} target or driver cannot do what is insisted on, or two things exclude each
+ * other.
  */
 export function chooseDataMode(
-  { zeroCopy = "auto", needGetData = false }: DataWish,
+  { zeroCopy = "auto", userCopy = false, needGetData = false }: DataWish,
   offer: ZeroCopyOffer | undefined,
+  deviceFlags: bigint,
   features: bigint,
 ): DataMode {
-  if (!needGetData) return chooseZeroCopy(zeroCopy, offer, features);
-  if (zeroCopy === "on" || zeroCopy === "reg") {
-    throw new UsageError("GET_DATA is not possible with zero copy: there is no data to get");
+  const unprivileged = (deviceFlags & UBLK_F_UNPRIVILEGED_DEV) !== 0n;
+  const denied = "the driver denies it to unprivileged devices";
+  if (!userCopy && !needGetData) {
+    return chooseZeroCopy(zeroCopy, offer && unprivileged ? { obstacle: denied } : offer, features);
   }
-  return { flags: UBLK_F_NEED_GET_DATA, note: "get data" };
+  const insisted = [
+    ...(zeroCopy === "on" || zeroCopy === "reg" ? ["zero copy"] : []),
+    ...(userCopy ? ["user copy"] : []),
+    ...(needGetData ? ["get data"] : []),
+  ];
+  if (insisted.length > 1) {
+    throw new UsageError(`A device's data goes one way: not ${insisted.join(" and ")}`);
+  }
+  if (userCopy && unprivileged) throw new UsageError(`User copy is not possible: ${denied}`);
+  const flags = userCopy ? UBLK_F_USER_COPY : UBLK_F_NEED_GET_DATA;
+  return { flags, note: insisted[0]! };
 }
 
 /** The note for a device that is taken over, as its flags say. */
 export function noteOf(flags: bigint, offer: ZeroCopyOffer | undefined): string | undefined {
+  if (flags & UBLK_F_USER_COPY) return "user copy";
   if (flags & UBLK_F_NEED_GET_DATA) return "get data";
   if (zeroCopyOf(flags)) return "zero copy";
   return offer && "zero copy: off, as before";

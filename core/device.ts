@@ -20,6 +20,7 @@ import {
   FEATURE_NAMES,
   UBLK_F_NEED_GET_DATA,
   UBLK_F_UNPRIVILEGED_DEV,
+  UBLK_F_USER_COPY,
   UBLK_S_DEV_DEAD,
   UBLK_S_DEV_LIVE,
 } from "../abi/ublk_cmd.ts";
@@ -148,10 +149,7 @@ export class Device {
         );
       }
       const features = (control.features ?? 0n) & control.dialect.flagsMask;
-      const offer = zeroCopy && options.flags & UBLK_F_UNPRIVILEGED_DEV
-        ? { obstacle: "the driver denies it to unprivileged devices" }
-        : zeroCopy;
-      const mode = chooseDataMode(options, offer, features);
+      const mode = chooseDataMode(options, zeroCopy, options.flags, features);
       const flags = options.flags | mode.flags;
       refuseLackingFeatures(flags & ~control.dialect.flagsMask);
       toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
@@ -171,8 +169,8 @@ export class Device {
       checkpoint("added");
       const queues = await attach(control, info, options, undo, async () => {
         if (!control.dialect.hasParams) return;
-        const align = zeroCopyOf(mode.flags) && offer && "memoryAlignBytes" in offer
-          ? offer.memoryAlignBytes
+        const align = zeroCopyOf(mode.flags) && zeroCopy && "memoryAlignBytes" in zeroCopy
+          ? zeroCopy.memoryAlignBytes
           : undefined;
         await control.setParams(info.id, toParams(limits, info.maxIoBytes, align));
       });
@@ -414,6 +412,7 @@ async function attach(
         registerOpcode: dialect.ioOpcode("REGISTER_IO_BUF", control.ioctlEncoded),
         unregisterOpcode: dialect.ioOpcode("UNREGISTER_IO_BUF", control.ioctlEncoded),
       },
+      userCopy: (info.flags & UBLK_F_USER_COPY) !== 0n,
       getDataOpcode: info.flags & UBLK_F_NEED_GET_DATA
         ? dialect.ioOpcode("NEED_GET_DATA", control.ioctlEncoded)
         : undefined,

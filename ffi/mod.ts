@@ -64,7 +64,7 @@ export const PAYLOAD_BYTES = 8192;
 export const PAYLOAD_COUNT = 16;
 
 export interface QueueConfig {
-  /** Descriptor of the character device; -1 makes a queue without a driver, for tests. */
+  /** Descriptor of the character device; -1, and opcodes 0: without a driver, for tests. */
   charFd: number;
   /** An eventfd of ubd_eventfd(). */
   wakeFd: number;
@@ -82,6 +82,8 @@ export interface QueueConfig {
   descriptorBytes: number;
   /** Absent: the driver copies data to and from the tags' buffers. */
   zeroCopy?: ZeroCopyConfig | undefined;
+  /** The shim copies data between the tags' buffers and the character device. */
+  userCopy?: boolean | undefined;
   /** The driver waits for this command before it copies the data of a WRITE. */
   getDataOpcode?: number | undefined;
 }
@@ -145,6 +147,7 @@ export class Shim {
       words[12] = config.zeroCopy.registerOpcode;
       words[13] = config.zeroCopy.unregisterOpcode;
     }
+    if (config.userCopy) words[9] = 3;
     words[14] = config.getDataOpcode ?? 0;
     new Float64Array(bytes)[5] = config.descriptorOffset;
     const handle = this.native.ubd_queue_init(words);

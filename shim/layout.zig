@@ -125,12 +125,13 @@ pub const Event = extern struct { tag: u16, kind: u16, result: i32 };
 
 /// How a queue is to be set up: 64 bytes, written by ffi/mod.ts.
 pub const QueueConfig = extern struct {
-    /// -1: no driver; FETCH and COMMIT become NOPs and io descriptors are plain memory.
+    /// -1: no driver; io descriptors are plain memory.
     char_fd: i32,
     wake_fd: i32,
     queue_id: u32,
     depth: u32,
     io_bytes_max: u32,
+    /// 0: no driver; io commands become NOPs.
     fetch_op: u32,
     commit_op: u32,
     sqe128: u32,

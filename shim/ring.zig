@@ -59,10 +59,20 @@ pub const command_get_data = 10;
 
 /// Values of QueueConfig.data_mode: the driver copies data to and from the tags' buffers; or a
 /// request's own pages are the ring's buffer number `tag`, put there by command_register, or by
-/// the driver with each request.
+/// the driver with each request; or this file copies, by reading and writing the character device.
 pub const data_copied = 0;
 pub const data_registered = 1;
 pub const data_automatic = 2;
+pub const data_user = 3;
+
+/// UBLKSRV_IO_BUF_OFFSET, UBLK_TAG_OFF and UBLK_QID_OFF: where the character device has a tag's data.
+const user_data_start = 0x8000_0000;
+const user_tag_shift = 25;
+const user_queue_shift = 41;
+
+const io_op_read = 0;
+const io_op_write = 1;
+const sector = 512;
 
 /// UBLK_AUTO_BUF_REG_FALLBACK where struct ublk_auto_buf_reg has its flags: a request whose pages
 /// could not be registered is handed out all the same, marked.
@@ -106,7 +116,8 @@ pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
     if (config.io_bytes_max < page or config.io_bytes_max % page != 0) return -sys.EINVAL;
     if (config.desc_bytes < config.depth * @sizeOf(layout.IoDesc)) return -sys.EINVAL;
     if (config.desc_bytes % page != 0 or config.wake_fd < 0) return -sys.EINVAL;
-    if (config.data_mode > data_automatic) return -sys.EINVAL;
+    if (config.data_mode > data_user) return -sys.EINVAL;
+    if (config.data_mode == data_user and config.char_fd < 0) return -sys.EINVAL;
 
     const capacity = config.depth + 1;
     const head = sys.roundUp(@sizeOf(Queue), 64);
@@ -142,7 +153,7 @@ fn queueAcquire(queue: *Queue) i32 {
         sys.mapFile(config.char_fd, config.desc_bytes, sys.fileOffset(config.desc_offset) orelse return -sys.EINVAL) catch |e| return sys.errnoOf(e);
     queue.descs = @ptrFromInt(descs);
 
-    const copied = config.data_mode == data_copied;
+    const copied = hasBuffers(queue);
     if (copied or config.char_fd < 0) {
         queue.buffers_bytes = @as(usize, config.depth) * config.io_bytes_max;
         queue.buffers = sys.mapMemory(queue.buffers_bytes) catch return -sys.ENOMEM;
@@ -154,6 +165,11 @@ fn queueAcquire(queue: *Queue) i32 {
 
     const result = ringInit(&queue.ring, config.depth, config.sqe128 != 0);
     return if (result < 0 or copied) result else bufferTableInit(queue);
+}
+
+/// Requests' data is in the tags' buffers while they are served.
+fn hasBuffers(queue: *const Queue) bool {
+    return queue.config.data_mode == data_copied or queue.config.data_mode == data_user;
 }
 
 /// One registered buffer for each tag, empty until there is a request. Without a driver to fill
@@ -251,26 +267,12 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     }
     // Before the look for completions: from then on, none comes unheard.
     if (!wait) ringEventfd(&queue.ring, true);
-    const ready = pending(&queue.ring) > 0;
-    if (count > 0 or !ready) {
-        const result = if (wait and !ready)
-            io_uring_submit_and_wait(&queue.ring, 1)
-        else
-            io_uring_submit_and_get_events(&queue.ring);
-        // A signal, or completions to be drained before the kernel takes more.
-        if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN and result != -sys.EBUSY) {
-            return result;
-        }
-        // The kernel runs 20 items at a time, and rings the eventfd no more for what is left. Not
-        // until the flag is gone: whoever adds an item sets it last, when the item may have been
-        // run already, and then nothing clears it before the next one. The eventfd is rung after.
-        var enters = queue.capacity / task_work_batch + 2;
-        while (!wait and pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
-            if (io_uring_get_events(&queue.ring) < 0) break;
-            enters -= 1;
-        }
-    }
+    const entered = enter(queue, wait);
+    if (entered < 0) return entered;
     const events = drain(queue);
+    // The caller may sleep now, until there are completions.
+    const answered = if (unsent(&queue.ring)) enter(queue, false) else 0;
+    if (answered < 0) return answered;
     // Whoever got some comes back for more before it sleeps, and need not be woken.
     if (!wait and events > 0) ringEventfd(&queue.ring, false);
     return events;
@@ -280,6 +282,33 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
 fn ringEventfd(ring: *Ring, on: bool) void {
     const flags = ring.cq.kflags orelse return;
     @atomicStore(u32, flags, if (on) 0 else cq_eventfd_disabled, .seq_cst);
+}
+
+fn enter(queue: *Queue, wait: bool) i32 {
+    const ready = pending(&queue.ring) > 0;
+    if (ready and !unsent(&queue.ring)) return 0;
+    const result = if (wait and !ready)
+        io_uring_submit_and_wait(&queue.ring, 1)
+    else
+        io_uring_submit_and_get_events(&queue.ring);
+    // A signal, or completions to be drained before the kernel takes more.
+    if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN and result != -sys.EBUSY) {
+        return result;
+    }
+    // The kernel runs 20 items at a time, and rings the eventfd no more for what is left. Not
+    // until the flag is gone: whoever adds an item sets it last, when the item may have been
+    // run already, and then nothing clears it before the next one. The eventfd is rung after.
+    var enters = queue.capacity / task_work_batch + 2;
+    while (!wait and pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
+        if (io_uring_get_events(&queue.ring) < 0) break;
+        enters -= 1;
+    }
+    return 0;
+}
+
+/// SQEs wait for the next enter.
+fn unsent(ring: *const Ring) bool {
+    return ring.sq.sqe_head != ring.sq.sqe_tail;
 }
 
 fn moreToRun(ring: *Ring) bool {
@@ -304,7 +333,11 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
     const buffer = queue.addresses[command.tag];
     switch (command.op) {
         command_fetch, command_commit, command_register, command_unregister, command_get_data => {
-            if (queue.config.char_fd < 0) {
+            const result = if (queue.config.data_mode == data_user and command.op == command_commit)
+                giveData(queue, command.tag, command.value)
+            else
+                command.value;
+            if (queue.config.fetch_op == 0) {
                 sqe.opcode = op_nop;
                 return 0;
             }
@@ -325,8 +358,8 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
             io.* = .{
                 .q_id = @intCast(queue.config.queue_id),
                 .tag = @intCast(command.tag),
-                .result = command.value,
-                .addr = if (names_buffer) command.tag else buffer,
+                .result = result,
+                .addr = if (names_buffer) command.tag else if (queue.config.data_mode == data_user) 0 else buffer,
             };
         },
         command_read, command_write, command_write_zeroes => {
@@ -339,7 +372,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
             if (command.op == command_write_zeroes) {
                 sqe.opcode = op_write;
                 sqe.addr = queue.zeroes;
-            } else if (queue.config.data_mode == data_copied) {
+            } else if (hasBuffers(queue)) {
                 sqe.opcode = if (command.op == command_read) op_read else op_write;
                 sqe.addr = buffer + command.buffer_offset;
             } else {
@@ -369,9 +402,10 @@ fn drain(queue: *Queue) i32 {
     const ring = &queue.ring;
     const head = ring.cq.khead.*;
     const count = @min(pending(ring), queue.capacity);
+    var events: u32 = 0;
     for (0..count) |i| {
         const cqe = ring.cq.cqes[(head +% @as(u32, @intCast(i))) & ring.cq.ring_mask];
-        queue.events[i] = .{
+        const event = layout.Event{
             .tag = @truncate(cqe.user_data),
             .kind = switch (@as(u32, @intCast(cqe.user_data >> 16))) {
                 command_fetch, command_commit, command_get_data => event_request,
@@ -380,9 +414,49 @@ fn drain(queue: *Queue) i32 {
             },
             .result = cqe.res,
         };
+        if (event.kind == event_request and event.result == 0 and !arrived(queue, event.tag)) continue;
+        queue.events[events] = event;
+        events += 1;
     }
     @atomicStore(u32, ring.cq.khead, head +% count, .release);
-    return @intCast(count);
+    return @intCast(events);
+}
+
+/// Whether a request can be served. One whose data cannot be had is answered here.
+fn arrived(queue: *Queue, tag: u16) bool {
+    if (queue.config.data_mode != data_user) return true;
+    const result = takeData(queue, tag);
+    if (result < 0) refuse(queue, tag, result);
+    return result >= 0;
+}
+
+fn refuse(queue: *Queue, tag: u16, result: i32) void {
+    const commit = layout.Command{ .tag = tag, .op = command_commit, .value = result, .flags = 0, .buffer_offset = 0, .length = 0, .offset = 0 };
+    // There is room: the tag has nothing else in flight.
+    _ = pack(queue, &commit, nextSqe(&queue.ring, queue.sqe_bytes));
+}
+
+/// Copies the data of a WRITE into the tag's buffer.
+fn takeData(queue: *Queue, tag: u16) i32 {
+    const desc = &queue.descs[tag];
+    if (desc.op_flags & 0xff != io_op_write) return 0;
+    return copyData(queue, .pread64, tag, @as(usize, desc.nr_sectors) * sector);
+}
+
+/// Copies what was done of a READ out of the tag's buffer. Returns what it is answered with.
+fn giveData(queue: *Queue, tag: u16, result: i32) i32 {
+    if (result <= 0 or queue.descs[tag].op_flags & 0xff != io_op_read) return result;
+    const copied = copyData(queue, .pwrite64, tag, @intCast(result));
+    return if (copied < 0) copied else result;
+}
+
+fn copyData(queue: *Queue, direction: std.os.linux.SYS, tag: u16, bytes: usize) i32 {
+    if (bytes > queue.config.io_bytes_max) return -sys.EIO;
+    const fd: usize = @intCast(queue.config.char_fd);
+    const queue_offset = @as(usize, queue.config.queue_id) << user_queue_shift;
+    const offset = user_data_start + queue_offset + (@as(usize, tag) << user_tag_shift);
+    const done = sys.call(direction, .{ fd, queue.addresses[tag], bytes, offset, 0, 0 });
+    return if (done < 0 or done == bytes) @min(done, 0) else -sys.EIO;
 }
 
 pub const payload_bytes = 8192;

@@ -6,6 +6,7 @@ const std = @import("std");
 const linux = std.os.linux;
 
 pub const EINTR = 4;
+pub const EIO = 5;
 pub const EBADF = 9;
 pub const EAGAIN = 11;
 pub const ENOMEM = 12;

@@ -53,6 +53,12 @@ export function scaled<T>(small: T, full: T): T {
 
 export const FULL = scaled(false, true);
 
+/** Ways of a request's data, other than the default: options of add, and what is noted of them. */
+export const DATA_MODES: readonly { flags: readonly string[]; note: string }[] = [
+  { flags: ["-g", "1"], note: "get data" },
+  { flags: ["--user-copy"], note: "user copy" },
+];
+
 const SCRATCH = existsSync("/scratch") ? "/scratch" : tmpdir();
 const CHAR_CLASS = "/sys/class/ublk-char";
 const STATE_DIRECTORY = "/run/ubd";

@@ -7,7 +7,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { verify } from "./fio.ts";
-import { allocated, deviceTest, KERNEL, queueSetting, scaled } from "./helpers.ts";
+import { allocated, DATA_MODES, deviceTest, KERNEL, queueSetting, scaled } from "./helpers.ts";
 
 /** By the kernel's number; its flags say the same, but the tests are declared before they run. */
 const hasZeroCopy = KERNEL === "newest";
@@ -44,6 +44,21 @@ for (const { queues, flags } of cases) {
   });
 }
 
+for (const { flags, note } of DATA_MODES) {
+  deviceTest(`fio finds no error on loop and memory, ${note}`, {}, async (scene) => {
+    const image = scene.image("disk.img", 8 << 20);
+    const devices = [
+      await scene.add("loop", image, "-q", "2", ...flags),
+      await scene.add("memory", "--size", "8M", ...flags),
+    ];
+    await Promise.all(devices.map(async (device) => {
+      assert.match(device.stderr, new RegExp(`, ${note}\n`));
+      await verify(scene, device.path, 4);
+      await scene.del(device);
+    }));
+  });
+}
+
 deviceTest("zero copy is refused by name where kernel or target have none", {}, async (scene) => {
   const image = scene.image("disk.img", 1 << 20);
   const refused = async (code: number, message: RegExp, ...args: string[]) => {
@@ -60,6 +75,7 @@ deviceTest("zero copy is refused by name where kernel or target have none", {}, 
   }
   await refused(2, /Zero copy is not possible: the target needs/, "null", "-z");
   await refused(2, /Zero copy "x"/, "null", "--zero-copy=x");
+  await refused(2, /goes one way: not user copy and get data/, "null", "--user-copy", "-g", "1");
 });
 
 deviceTest("each queue's thread stays with the CPUs whose I/O it gets", {}, async (scene) => {

@@ -6,6 +6,7 @@ import process from "node:process";
 import {
   type Added,
   blockStat,
+  DATA_MODES,
   deviceTest,
   gone,
   inPairs,
@@ -32,11 +33,21 @@ async function load(scene: Scene, device: Added): Promise<Job> {
   return job;
 }
 
-/** Alternates between the targets, so that both are seen ending. */
+/** How many devices were added, by all tests. */
+let added = 0;
+
+/** Alternates between the targets, so that both are seen ending, and between the data's ways. */
 async function addFor(scene: Scene, round: number): Promise<Added> {
   if (round % 3 === 2) return await scene.add("null", "-q", "2");
   const image = scene.image(`disk-${round}.img`, 64 << 20);
-  return await scene.add("loop", image, "-q", `${1 + round % 2}`);
+  const flags = [[], ...DATA_MODES.map((mode) => mode.flags)];
+  return await scene.add(
+    "loop",
+    image,
+    "-q",
+    `${1 + round % 2}`,
+    ...flags[added++ % flags.length]!,
+  );
 }
 
 /** fio gets errors once its device is gone, and must end by itself. */

@@ -5,6 +5,7 @@ import assert from "node:assert/strict";
 import process from "node:process";
 import {
   type Added,
+  DATA_MODES,
   deviceTest,
   scaled,
   type Scene,
@@ -46,6 +47,27 @@ deviceTest("recover serves the same device again: reissue loses no I/O of a runn
   }
   await fio.finish();
   await scene.del(device);
+});
+
+deviceTest("recover finds the way of the data: reissue loses no I/O in any of them", {
+  limitS: 300,
+}, async (scene) => {
+  const devices = [];
+  for (const { flags } of DATA_MODES) {
+    const image = scene.image(`disk-${devices.length}`, 16 << 20);
+    devices.push(await scene.add("loop", image, "--recovery", ...flags));
+  }
+  const verifiers = devices.map((device) => startVerifier(scene, device, 16));
+  await scene.sh("sleep 1");
+  await Promise.all(devices.map(async (device, index) => {
+    verifiers[index]!.goesOn();
+    await kill(scene, device, "state QUIESCED");
+    const next = await recover(scene, device);
+    assert.match(next.stderr, new RegExp(`, ${DATA_MODES[index]!.note}\n`));
+    devices[index] = next;
+  }));
+  for (const verifier of verifiers) await verifier.finish();
+  for (const device of devices) await scene.del(device);
 });
 
 deviceTest("a mounted ext4 outlives the server: files whole, fsck finds nothing", {

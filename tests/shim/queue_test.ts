@@ -7,6 +7,9 @@
  * change each event before the queue does. Needs io_uring.
  */
 import assert from "node:assert/strict";
+import { closeSync, fstatSync, mkdtempSync, openSync, readSync, rmSync, writeSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
 import { ERRNO } from "../../abi/errno.ts";
@@ -101,7 +104,12 @@ class SpyShim extends Shim {
 }
 
 /** A queue over `shim`, its wake-up descriptor, and how to leave its loop. */
-function setUp(shim: Shim, depth: number, zeroCopy?: ZeroCopyConfig) {
+function setUp(
+  shim: Shim,
+  depth: number,
+  zeroCopy?: ZeroCopyConfig,
+  special: Partial<QueueConfig> = {},
+) {
   const wakeFd = shim.native.ubd_eventfd(0);
   const queue = new Queue(shim, {
     charFd: -1,
@@ -115,6 +123,7 @@ function setUp(shim: Shim, depth: number, zeroCopy?: ZeroCopyConfig) {
     descriptorOffset: 0,
     descriptorBytes: Math.ceil(depth * 24 / 4096) * 4096,
     zeroCopy,
+    ...special,
   });
   const failures: unknown[] = [];
   return {
@@ -466,6 +475,74 @@ test("Queue retires a tag that the driver takes back when it is asked for data",
 test("Queue.fillZero asserts that the data is in this process", () => {
   using set = setUp(new SpyShim(), 1, AUTOMATIC);
   assert.throws(() => set.queue.fillZero(0, 0, 512), AssertionError);
+});
+
+/** What stands for a character device: a file with descriptors in front, and data far behind. */
+function userCopied(depth: number) {
+  const directory = mkdtempSync(join(tmpdir(), "ubd-user-copy-"));
+  const path = join(directory, "char");
+  const spy = new SpyShim();
+  const fd = openSync(path, "w+");
+  writeSync(fd, new Uint8Array(4096));
+  const special = { charFd: spy.open(path, 2), queueId: 1, userCopy: true };
+  const set = setUp(spy, depth, undefined, special);
+  return {
+    spy,
+    set,
+    fd,
+    describe(tag: number, op: number, sectors: number) {
+      writeSync(fd, new Uint32Array([op, sectors, 0, 0, 0, 0]), 0, 24, tag * 24);
+    },
+    dataOffset: (tag: number) => 0x8000_0000 + 2 ** 41 + tag * 2 ** 25,
+    [Symbol.dispose]() {
+      set[Symbol.dispose]();
+      spy.native.ubd_close(special.charFd);
+      closeSync(fd);
+      rmSync(directory, { recursive: true });
+    },
+  };
+}
+
+test("with user copy, a WRITE has its data before it is served, or is not served", () => {
+  using device = userCopied(2);
+  const { set, fd, dataOffset } = device;
+  for (const tag of [0, 1]) device.describe(tag, UBLK_IO_OP_WRITE, 8);
+  const data = (tag: number) => new Uint8Array(4096).fill(0x70 + tag);
+  writeSync(fd, data(0), 0, 4096, dataOffset(0));
+  const served = [0, 0];
+  set.run({
+    handle(queue, tag) {
+      assert.deepStrictEqual(queue.data(tag, 4096), data(tag));
+      if (tag === 1) return set.wake();
+      // Until now, the file has ended before the data of tag 1.
+      assert.strictEqual(served[1], 0);
+      if (++served[0]! === 5) writeSync(fd, data(1), 0, 4096, dataOffset(1));
+      queue.commit(tag, 4096);
+    },
+  });
+  assert.deepStrictEqual(set.failures, []);
+});
+
+test("with user copy, what was done of a READ is given before the commit, and no more", () => {
+  using device = userCopied(2);
+  const { spy, set, fd, dataOffset } = device;
+  device.describe(1, UBLK_IO_OP_READ, 8);
+  let served = 0;
+  set.run({
+    handle(queue, tag) {
+      if (tag === 0) return; // It only waits.
+      queue.data(tag, 4096).fill(7);
+      if (served++ === 0) return queue.commit(tag, -EIO);
+      if (served === 3) return set.wake();
+      assert.strictEqual(fstatSync(fd).size, 4096, "a failed READ gives nothing");
+      queue.commit(tag, 512);
+    },
+  });
+  assert.deepStrictEqual(spy.commits, [[1, -EIO], [1, 512]]);
+  assert.strictEqual(fstatSync(fd).size, dataOffset(1) + 512);
+  const given = new Uint8Array(512);
+  readSync(fd, given, 0, 512, dataOffset(1));
+  assert.deepStrictEqual(given, new Uint8Array(512).fill(7));
 });
 
 test("Queue's disposal is idempotent, and its constructor throws where there is no ring", () => {

@@ -137,6 +137,7 @@ test("ubd_queue_init refuses a null config, no wake descriptor, and a bad charac
   assert.strictEqual(tryQueue({ charFd: zero }), -ENODEV, "/dev/null cannot be mapped");
   assert.strictEqual(tryQueue({ charFd: zero, descriptorOffset: -4096 }), -EINVAL);
   assert.strictEqual(tryQueue({ charFd: zero, descriptorOffset: NaN }), -EINVAL);
+  assert.strictEqual(tryQueue({ userCopy: true }), -EINVAL, "nothing to copy from");
   native.ubd_close(zero);
 });
 

@@ -6,13 +6,20 @@ import {
   UBLK_F_AUTO_BUF_REG,
   UBLK_F_NEED_GET_DATA,
   UBLK_F_SUPPORT_ZERO_COPY,
+  UBLK_F_UNPRIVILEGED_DEV,
   UBLK_F_USER_COPY,
   UBLK_F_USER_RECOVERY,
 } from "../../abi/ublk_cmd.ts";
 import { describeLack } from "../../core/control.ts";
 import { UsageError } from "../../core/error.ts";
 import type { ZeroCopyOffer } from "../../core/target.ts";
-import { chooseDataMode, chooseZeroCopy, noteOf, zeroCopyOf } from "../../core/data_mode.ts";
+import {
+  chooseDataMode,
+  chooseZeroCopy,
+  type DataWish,
+  noteOf,
+  zeroCopyOf,
+} from "../../core/data_mode.ts";
 
 const ABLE: ZeroCopyOffer = { memoryAlignBytes: 512 };
 const UNABLE: ZeroCopyOffer = { obstacle: "the moon is full" };
@@ -56,26 +63,53 @@ test("chooseZeroCopy asks for what is insisted on, be it there or not: the drive
   }
 });
 
-test("chooseDataMode gives what is asked for in place of zero copy, and never both", () => {
-  assert.deepStrictEqual(chooseDataMode({}, ABLE, BOTH), chooseZeroCopy("auto", ABLE, BOTH));
-  const getData = { flags: UBLK_F_NEED_GET_DATA, note: "get data" };
+/** The driver has all that is asked for here. */
+const choose = (wish: DataWish, offer: ZeroCopyOffer | undefined, deviceFlags = 0n) =>
+  chooseDataMode(wish, offer, deviceFlags, BOTH);
+
+const refuses = (message: RegExp, ...args: Parameters<typeof choose>) =>
+  assert.throws(
+    () => choose(...args),
+    (error) => error instanceof UsageError && message.test(error.message),
+    `${message}`,
+  );
+
+test("chooseDataMode gives what is asked for in place of zero copy, whatever the target", () => {
+  assert.deepStrictEqual(choose({}, ABLE), { flags: BOTH, note: "zero copy" });
   for (const offer of [ABLE, UNABLE, undefined]) {
-    for (const features of [BOTH, 0n]) {
-      for (const zeroCopy of ["auto", "off"] as const) {
-        const wish = { zeroCopy, needGetData: true };
-        assert.deepStrictEqual(chooseDataMode(wish, offer, features), getData);
-      }
+    for (const zeroCopy of ["auto", "off"] as const) {
+      assert.deepStrictEqual(choose({ zeroCopy, userCopy: true }, offer), {
+        flags: UBLK_F_USER_COPY,
+        note: "user copy",
+      });
+      assert.deepStrictEqual(choose({ zeroCopy, needGetData: true }, offer), {
+        flags: UBLK_F_NEED_GET_DATA,
+        note: "get data",
+      });
     }
-  }
-  for (const zeroCopy of ["on", "reg"] as const) {
-    assert.throws(
-      () => chooseDataMode({ zeroCopy, needGetData: true }, ABLE, BOTH),
-      (error) => error instanceof UsageError && /GET_DATA .* with zero copy/.test(error.message),
-    );
   }
 });
 
+test("chooseDataMode refuses two ways at once", () => {
+  const [userCopy, needGetData, zeroCopy] = [true, true, "on"] as const;
+  refuses(/not zero copy and user copy$/, { zeroCopy, userCopy }, ABLE);
+  refuses(/not zero copy and get data$/, { zeroCopy: "reg", needGetData }, ABLE);
+  refuses(/not user copy and get data$/, { userCopy, needGetData }, ABLE);
+  refuses(/not zero copy and user copy and get data$/, { zeroCopy, userCopy, needGetData }, ABLE);
+});
+
+test("chooseDataMode knows what the driver denies to unprivileged devices", () => {
+  const flags = UBLK_F_UNPRIVILEGED_DEV;
+  const { note } = choose({}, ABLE, flags);
+  assert.strictEqual(note, "zero copy: off, the driver denies it to unprivileged devices");
+  refuses(/Zero copy .* denies it to unprivileged/, { zeroCopy: "on" }, ABLE, flags);
+  refuses(/User copy .* denies it to unprivileged/, { userCopy: true }, undefined, flags);
+  const getData = choose({ needGetData: true }, undefined, flags);
+  assert.strictEqual(getData.flags, UBLK_F_NEED_GET_DATA);
+});
+
 test("noteOf says of a device that is taken over what its flags say", () => {
+  assert.strictEqual(noteOf(UBLK_F_USER_COPY, ABLE), "user copy");
   assert.strictEqual(noteOf(UBLK_F_NEED_GET_DATA, ABLE), "get data");
   assert.strictEqual(noteOf(BOTH, ABLE), "zero copy");
   assert.strictEqual(noteOf(0n, ABLE), "zero copy: off, as before");
