@@ -53,7 +53,9 @@ export interface AddOptions {
   z?: boolean;
   userCopy?: boolean;
   needGetData?: boolean;
+  batch?: boolean;
   uring_comp?: boolean;
+  batchIo?: boolean;
   user_copy?: boolean;
   usercopy?: boolean;
   need_get_data?: boolean;
@@ -216,6 +218,7 @@ export function defineDeviceOptions(command: Command): Command {
     .addOption(
       option("--need-get-data", "ask for the data of each write; -g 1 in ublk", DEVICE),
     )
+    .addOption(option("--batch", "requests are fetched and answered many at a time", DEVICE))
     .addOption(option("-t, --type <target>", `the target: ${TARGET_NAMES.join(", ")}`, TARGET))
     .addOption(option("-f, --file <path>", "the same as naming one file", TARGET))
     .addOption(
@@ -249,6 +252,7 @@ export function defineDeviceOptions(command: Command): Command {
         .argParser(collectOption),
     )
     .addOption(new Option("--buffered_io").hideHelp())
+    .addOption(new Option("-b, --batch-io").hideHelp())
     .addOption(new Option("--user_copy").hideHelp())
     .addOption(new Option("--usercopy").hideHelp())
     .addOption(new Option("--max_io_buf_bytes <bytes>").argParser(size("Largest I/O")).hideHelp())
@@ -325,6 +329,7 @@ export function toSpec(
     noPartScan: !options.partscan,
     zeroCopy: options.zeroCopy ?? (options.z ? "on" as const : "auto" as const),
     userCopy: (options.userCopy || options.user_copy || options.usercopy) ?? false,
+    batch: (options.batch || options.batchIo) ?? false,
     needGetData: options.needGetData ?? options.need_get_data ?? false,
   };
   checkOptions(device);

@@ -2,13 +2,15 @@
 /**
  * How the bytes of requests travel: copied by the driver to and from buffers of the server, at once
  * or (get data) when the server asks; copied by the server itself (user copy); or not at all, as
- * registered buffers of the queues' rings. Decided once, when a device is added; the driver keeps the decision in the device's flags, where
- * recovery finds it.
+ * registered buffers of the queues' rings. And how requests do: one by one, or in batches. Decided
+ * once, when a device is added; the driver keeps the decision in the device's flags, where recovery
+ * finds it.
  * @module
  */
 
 import {
   UBLK_F_AUTO_BUF_REG,
+  UBLK_F_BATCH_IO,
   UBLK_F_NEED_GET_DATA,
   UBLK_F_SUPPORT_ZERO_COPY,
   UBLK_F_UNPRIVILEGED_DEV,
@@ -29,7 +31,7 @@ export const ZERO_COPY_WISHES: readonly ZeroCopyWish[] = ["auto", "on", "reg", "
 /** The driver registers; commands of the queue's own, for what it could not, take the other flag. */
 const AUTOMATIC = UBLK_F_AUTO_BUF_REG | UBLK_F_SUPPORT_ZERO_COPY;
 
-/** What may be asked for, of which the driver can do one. */
+/** What may be asked for. The driver can do one of the first three. */
 export interface DataWish {
   /** Default: "auto", unless one of the others is asked for. */
   zeroCopy?: ZeroCopyWish;
@@ -37,13 +39,15 @@ export interface DataWish {
   userCopy?: boolean;
   /** The data of a WRITE is copied when the server asks for it. */
   needGetData?: boolean;
+  /** Requests are fetched and answered many at a time. */
+  batch?: boolean;
 }
 
 export interface DataMode {
   /** Of UBLK_F_*, for ADD_DEV. */
   flags: bigint;
-  /** For a person; undefined when there is nothing to say. */
-  note?: string;
+  /** For a person, one line each. */
+  notes: string[];
 }
 
 /**
@@ -53,6 +57,18 @@ export interface DataMode {
  * other.
  */
 export function chooseDataMode(
+  wish: DataWish,
+  offer: ZeroCopyOffer | undefined,
+  deviceFlags: bigint,
+  features: bigint,
+): DataMode {
+  const { flags, notes } = chooseWay(wish, offer, deviceFlags, features);
+  if (!wish.batch) return { flags, notes };
+  if (wish.needGetData) throw new UsageError("The driver has no get data with batches");
+  return { flags: flags | UBLK_F_BATCH_IO, notes: [...notes, "batches"] };
+}
+
+function chooseWay(
   { zeroCopy = "auto", userCopy = false, needGetData = false }: DataWish,
   offer: ZeroCopyOffer | undefined,
   deviceFlags: bigint,
@@ -72,16 +88,18 @@ export function chooseDataMode(
     throw new UsageError(`A device's data goes one way: not ${insisted.join(" and ")}`);
   }
   if (userCopy && unprivileged) throw new UsageError(`User copy is not possible: ${denied}`);
-  const flags = userCopy ? UBLK_F_USER_COPY : UBLK_F_NEED_GET_DATA;
-  return { flags, note: insisted[0]! };
+  return { flags: userCopy ? UBLK_F_USER_COPY : UBLK_F_NEED_GET_DATA, notes: insisted };
 }
 
-/** The note for a device that is taken over, as its flags say. */
-export function noteOf(flags: bigint, offer: ZeroCopyOffer | undefined): string | undefined {
-  if (flags & UBLK_F_USER_COPY) return "user copy";
-  if (flags & UBLK_F_NEED_GET_DATA) return "get data";
-  if (zeroCopyOf(flags)) return "zero copy";
-  return offer && "zero copy: off, as before";
+/** The notes for a device that is taken over, as its flags say. */
+export function notesOf(flags: bigint, offer: ZeroCopyOffer | undefined): string[] {
+  const notes = [];
+  if (flags & UBLK_F_USER_COPY) notes.push("user copy");
+  else if (flags & UBLK_F_NEED_GET_DATA) notes.push("get data");
+  else if (zeroCopyOf(flags)) notes.push("zero copy");
+  else if (offer) notes.push("zero copy: off, as before");
+  if (flags & UBLK_F_BATCH_IO) notes.push("batches");
+  return notes;
 }
 
 /**
@@ -94,21 +112,21 @@ export function chooseZeroCopy(
   features: bigint,
 ): DataMode {
   if (wish === "off") {
-    return offer ? { flags: 0n, note: "zero copy: off, as asked" } : { flags: 0n };
+    return { flags: 0n, notes: offer ? ["zero copy: off, as asked"] : [] };
   }
   const obstacle = offer && "obstacle" in offer ? offer.obstacle : undefined;
   if (wish !== "auto" && (!offer || obstacle)) {
     const why = obstacle ?? "the target needs the bytes of its requests";
     throw new UsageError(`Zero copy is not possible: ${why}`);
   }
-  if (!offer) return { flags: 0n };
-  if (obstacle) return { flags: 0n, note: `zero copy: off, ${obstacle}` };
-  if (wish === "reg") return { flags: UBLK_F_SUPPORT_ZERO_COPY, note: "zero copy (reg)" };
+  if (!offer) return { flags: 0n, notes: [] };
+  if (obstacle) return { flags: 0n, notes: [`zero copy: off, ${obstacle}`] };
+  if (wish === "reg") return { flags: UBLK_F_SUPPORT_ZERO_COPY, notes: ["zero copy (reg)"] };
   const lacking = AUTOMATIC & ~features;
   if (wish === "auto" && lacking) {
-    return { flags: 0n, note: `zero copy: off, ${describeLack(lacking)}` };
+    return { flags: 0n, notes: [`zero copy: off, ${describeLack(lacking)}`] };
   }
-  return { flags: AUTOMATIC, note: "zero copy" };
+  return { flags: AUTOMATIC, notes: ["zero copy"] };
 }
 
 /** The way of zero copy that a device's flags stand for; undefined: data is copied. */

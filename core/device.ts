@@ -14,10 +14,11 @@
 import { accessSync, constants, existsSync, readFileSync, rmSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
-import type { DeviceInfo } from "../abi/dialect.ts";
+import type { DeviceInfo, IoCommand } from "../abi/dialect.ts";
 import { ERRNO, errnoName } from "../abi/errno.ts";
 import {
   FEATURE_NAMES,
+  UBLK_F_BATCH_IO,
   UBLK_F_NEED_GET_DATA,
   UBLK_F_UNPRIVILEGED_DEV,
   UBLK_F_USER_COPY,
@@ -26,7 +27,7 @@ import {
 } from "../abi/ublk_cmd.ts";
 import type { Shim } from "../ffi/mod.ts";
 import { type Control, lackError } from "./control.ts";
-import { chooseDataMode, type DataWish, noteOf, zeroCopyOf } from "./data_mode.ts";
+import { chooseDataMode, type DataWish, notesOf, zeroCopyOf } from "./data_mode.ts";
 import { UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
 import { SECTOR_BYTES } from "./queue.ts";
@@ -151,6 +152,9 @@ export class Device {
       const features = (control.features ?? 0n) & control.dialect.flagsMask;
       const mode = chooseDataMode(options, zeroCopy, options.flags, features);
       const flags = options.flags | mode.flags;
+      if (flags & UBLK_F_BATCH_IO && options.depth < 2) {
+        throw new UsageError("Queue depth 1: the driver wants 2 or more for batches");
+      }
       refuseLackingFeatures(flags & ~control.dialect.flagsMask);
       toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
 
@@ -177,8 +181,7 @@ export class Device {
       undo.push(() => control.stopDevice(info.id));
       await queues.during("START_DEV", control.startDevice(info.id, process.pid));
       checkpoint("started");
-      const notes = mode.note === undefined ? [] : [mode.note];
-      return await Device.#live(control, info.id, queues, notes, options);
+      return await Device.#live(control, info.id, queues, mode.notes, options);
     });
   }
 
@@ -211,8 +214,7 @@ export class Device {
             (offer ? `: ${offer.obstacle}` : ""),
         );
       }
-      const note = noteOf(info.flags, offer);
-      const notes = note === undefined ? [] : [note];
+      const notes = notesOf(info.flags, offer);
       const queues = await attach(control, info, options, undo);
       await queues.during("END_USER_RECOVERY", control.endUserRecovery(id, process.pid));
       checkpoint("recovered");
@@ -388,6 +390,8 @@ async function attach(
   const tidsKnown: Promise<number>[] = [];
   const pageBytes = pageSize();
   const zeroCopy = zeroCopyOf(info.flags);
+  const inBatches = (info.flags & UBLK_F_BATCH_IO) !== 0n;
+  const ioOpcode = (command: IoCommand) => dialect.ioOpcode(command, control.ioctlEncoded);
   for (const [queueId, thread] of threads.entries()) {
     const wakeFd = shim.native.ubd_eventfd(0);
     if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: info.id });
@@ -401,21 +405,20 @@ async function attach(
       queueId,
       depth: info.depth,
       ioBytesMax: info.maxIoBytes,
-      fetchOpcode: dialect.ioOpcode("FETCH_REQ", control.ioctlEncoded),
-      commitOpcode: dialect.ioOpcode("COMMIT_AND_FETCH_REQ", control.ioctlEncoded),
+      fetchOpcode: ioOpcode(inBatches ? "FETCH_IO_CMDS" : "FETCH_REQ"),
+      commitOpcode: ioOpcode(inBatches ? "COMMIT_IO_CMDS" : "COMMIT_AND_FETCH_REQ"),
+      prepOpcode: inBatches ? ioOpcode("PREP_IO_CMDS") : undefined,
       sqe128: dialect.sqe128,
       descriptorOffset: dialect.mmapOffset(queueId, pageBytes),
       descriptorBytes: dialect.mmapBytes(info.depth, pageBytes),
       blockName: dialect.blockName(info.id),
       zeroCopy: zeroCopy && {
         ...zeroCopy,
-        registerOpcode: dialect.ioOpcode("REGISTER_IO_BUF", control.ioctlEncoded),
-        unregisterOpcode: dialect.ioOpcode("UNREGISTER_IO_BUF", control.ioctlEncoded),
+        registerOpcode: ioOpcode("REGISTER_IO_BUF"),
+        unregisterOpcode: ioOpcode("UNREGISTER_IO_BUF"),
       },
       userCopy: (info.flags & UBLK_F_USER_COPY) !== 0n,
-      getDataOpcode: info.flags & UBLK_F_NEED_GET_DATA
-        ? dialect.ioOpcode("NEED_GET_DATA", control.ioctlEncoded)
-        : undefined,
+      getDataOpcode: info.flags & UBLK_F_NEED_GET_DATA ? ioOpcode("NEED_GET_DATA") : undefined,
     };
     tidsKnown.push(thread.serve(config));
   }

@@ -86,6 +86,8 @@ export interface QueueConfig {
   userCopy?: boolean | undefined;
   /** The driver waits for this command before it copies the data of a WRITE. */
   getDataOpcode?: number | undefined;
+  /** Io commands go in batches, by this one and those of fetchOpcode and commitOpcode. */
+  prepOpcode?: number | undefined;
 }
 
 /** A request's own pages are the ring's registered buffer with the number of its tag. */
@@ -149,6 +151,7 @@ export class Shim {
     }
     if (config.userCopy) words[9] = 3;
     words[14] = config.getDataOpcode ?? 0;
+    words[15] = config.prepOpcode ?? 0;
     new Float64Array(bytes)[5] = config.descriptorOffset;
     const handle = this.native.ubd_queue_init(words);
     if (handle < 0) return handle;

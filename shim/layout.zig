@@ -43,6 +43,18 @@ pub const CtrlCmd = extern struct {
 /// struct ublksrv_io_cmd, the same in both dialects.
 pub const IoCmd = extern struct { q_id: u16, tag: u16, result: i32, addr: u64 };
 
+/// struct ublk_batch_io: the command of a batch.
+pub const BatchIo = extern struct { q_id: u16, flags: u16, nr_elem: u16, elem_bytes: u8, reserved: u8, reserved2: u64 };
+
+/// struct ublk_elem_header, and what follows it under UBLK_BATCH_F_HAS_BUF_ADDR.
+pub const Element = extern struct { tag: u16, buf_index: u16, result: i32, buf_addr: u64 };
+
+/// struct io_uring_buf, and the tail that struct io_uring_buf_ring has in the first one.
+pub const Buffer = extern struct { addr: u64, len: u32, bid: u16, tail: u16 };
+
+/// struct io_uring_buf_reg.
+pub const BufferRing = extern struct { ring_addr: u64, ring_entries: u32, bgid: u16, flags: u16, resv: [3]u64 };
+
 /// struct ublksrv_io_desc, the same in both dialects.
 pub const IoDesc = extern struct { op_flags: u32, nr_sectors: u32, start_sector: u64, addr: u64 };
 
@@ -141,7 +153,8 @@ pub const QueueConfig = extern struct {
     register_op: u32,
     unregister_op: u32,
     get_data_op: u32,
-    reserved: u32,
+    /// Not 0: io commands go in batches, and fetch_op and commit_op are those of batches too.
+    prep_op: u32,
 };
 
 /// One control command: 40 bytes, written by ffi/mod.ts.
@@ -175,13 +188,17 @@ comptime {
     check(CtrlCmd, 32, .{ .dev_id = 0, .queue_id = 4, .len = 6, .addr = 8, .data = 16, .dev_path_len = 24, .pad = 26, .reserved = 28 });
     check(IoCmd, 16, .{ .q_id = 0, .tag = 2, .result = 4, .addr = 8 });
     check(IoDesc, 24, .{ .op_flags = 0, .nr_sectors = 4, .start_sector = 8, .addr = 16 });
+    check(BatchIo, 16, .{ .q_id = 0, .flags = 2, .nr_elem = 4, .elem_bytes = 6, .reserved = 7, .reserved2 = 8 });
+    check(Element, 16, .{ .tag = 0, .buf_index = 2, .result = 4, .buf_addr = 8 });
+    check(Buffer, 16, .{ .addr = 0, .len = 8, .bid = 12, .tail = 14 });
+    check(BufferRing, 40, .{ .ring_addr = 0, .ring_entries = 8, .bgid = 12, .flags = 14, .resv = 16 });
     check(RingSq, 104, .{ .khead = 0, .ktail = 8, .kring_mask = 16, .kring_entries = 24, .kflags = 32, .kdropped = 40, .array = 48, .sqes = 56, .sqe_head = 64, .sqe_tail = 68, .ring_sz = 72, .ring_ptr = 80, .ring_mask = 88, .ring_entries = 92, .pad = 96 });
     check(RingCq, 88, .{ .khead = 0, .ktail = 8, .kring_mask = 16, .kring_entries = 24, .kflags = 32, .koverflow = 40, .cqes = 48, .ring_sz = 56, .ring_ptr = 64, .ring_mask = 72, .ring_entries = 76, .pad = 80 });
     check(Ring, 216, .{ .sq = 0, .cq = 104, .flags = 192, .ring_fd = 196, .features = 200, .enter_ring_fd = 204, .int_flags = 208, .pad = 209, .pad2 = 212 });
     check(Params, 120, .{ .sq_entries = 0, .cq_entries = 4, .flags = 8, .sq_thread_cpu = 12, .sq_thread_idle = 16, .features = 20, .wq_fd = 24, .resv = 28, .sq_off = 40, .cq_off = 80 });
     check(Command, 32, .{ .tag = 0, .op = 2, .value = 4, .flags = 8, .buffer_offset = 12, .length = 16, .offset = 24 });
     check(Event, 8, .{ .tag = 0, .kind = 2, .result = 4 });
-    check(QueueConfig, 64, .{ .char_fd = 0, .wake_fd = 4, .queue_id = 8, .depth = 12, .io_bytes_max = 16, .fetch_op = 20, .commit_op = 24, .sqe128 = 28, .desc_bytes = 32, .data_mode = 36, .desc_offset = 40, .register_op = 48, .unregister_op = 52, .get_data_op = 56, .reserved = 60 });
+    check(QueueConfig, 64, .{ .char_fd = 0, .wake_fd = 4, .queue_id = 8, .depth = 12, .io_bytes_max = 16, .fetch_op = 20, .commit_op = 24, .sqe128 = 28, .desc_bytes = 32, .data_mode = 36, .desc_offset = 40, .register_op = 48, .unregister_op = 52, .get_data_op = 56, .prep_op = 60 });
     check(ControlRequest, 40, .{ .control_fd = 0, .opcode = 4, .device_id = 8, .queue_id = 12, .payload = 16, .payload_len = 20, .dev_path_len = 24, .pad = 28, .data = 32 });
 }
 
@@ -211,4 +228,5 @@ pub const table: []const u8 = describe(Sqe, "io_uring_sqe") ++
     describe(Params, "io_uring_params") ++
     describe(CtrlCmd, "ublksrv_ctrl_cmd") ++
     describe(IoCmd, "ublksrv_io_cmd") ++
-    describe(IoDesc, "ublksrv_io_desc");
+    describe(IoDesc, "ublksrv_io_desc") ++
+    describe(BatchIo, "ublk_batch_io");

@@ -8,6 +8,7 @@
 //! thread from init to exit (the kernel binds tags and SINGLE_ISSUER rings to it).
 
 const std = @import("std");
+const batch = @import("batch.zig");
 const layout = @import("layout.zig");
 const sys = @import("sys.zig");
 
@@ -32,6 +33,8 @@ const setup_single_issuer: u32 = 1 << 12;
 const setup_defer_taskrun: u32 = 1 << 13;
 const sq_taskrun: u32 = 1 << 2;
 const cq_eventfd_disabled: u32 = 1 << 0;
+/// SQEs for many tags that a step may need beside those for one: a batch of commits, the fetch.
+const batch_sqes = 2;
 /// IO_LOCAL_TW_DEFAULT_MAX of the kernel.
 const task_work_batch = 20;
 
@@ -56,6 +59,11 @@ pub const command_write_zeroes = 7;
 pub const command_register = 8;
 pub const command_unregister = 9;
 pub const command_get_data = 10;
+
+/// As those, in the user data of commands that are for many tags.
+pub const batch_prepare = 11;
+pub const batch_commit = 12;
+pub const batch_fetch = 13;
 
 /// Values of QueueConfig.data_mode: the driver copies data to and from the tags' buffers; or a
 /// request's own pages are the ring's buffer number `tag`, put there by command_register, or by
@@ -84,7 +92,7 @@ pub const event_file = 1;
 pub const event_wake = 2;
 
 pub const depth_max = 4096;
-const page = 4096;
+pub const page = 4096;
 
 pub const Queue = struct {
     ring: Ring,
@@ -109,6 +117,7 @@ pub const Queue = struct {
     zeroes: usize,
     /// Landing place of the wake-up read; its value has no meaning.
     wake_count: u64,
+    batch: batch.State,
 };
 
 pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
@@ -117,7 +126,7 @@ pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
     if (config.desc_bytes < config.depth * @sizeOf(layout.IoDesc)) return -sys.EINVAL;
     if (config.desc_bytes % page != 0 or config.wake_fd < 0) return -sys.EINVAL;
     if (config.data_mode > data_user) return -sys.EINVAL;
-    if (config.data_mode == data_user and config.char_fd < 0) return -sys.EINVAL;
+    if ((config.data_mode == data_user or config.prep_op != 0) and config.char_fd < 0) return -sys.EINVAL;
 
     const capacity = config.depth + 1;
     const head = sys.roundUp(@sizeOf(Queue), 64);
@@ -163,13 +172,21 @@ fn queueAcquire(queue: *Queue) i32 {
     }
     queue.zeroes = sys.mapMemory(config.io_bytes_max) catch return -sys.ENOMEM;
 
-    const result = ringInit(&queue.ring, config.depth, config.sqe128 != 0);
-    return if (result < 0 or copied) result else bufferTableInit(queue);
+    const more_sqes: u32 = if (inBatches(queue)) batch_sqes else 0;
+    var result = ringInit(&queue.ring, config.depth + more_sqes, config.sqe128 != 0);
+    if (result >= 0 and !copied) result = bufferTableInit(queue);
+    if (result >= 0 and inBatches(queue)) result = batch.init(queue);
+    return result;
 }
 
 /// Requests' data is in the tags' buffers while they are served.
 fn hasBuffers(queue: *const Queue) bool {
     return queue.config.data_mode == data_copied or queue.config.data_mode == data_user;
+}
+
+/// Io commands are for many tags each.
+fn inBatches(queue: *const Queue) bool {
+    return queue.config.prep_op != 0;
 }
 
 /// One registered buffer for each tag, empty until there is a request. Without a driver to fill
@@ -212,6 +229,7 @@ fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
 fn queueRelease(queue: *Queue) void {
     if (queue.ring.ring_fd > 0) io_uring_queue_exit(&queue.ring);
     if (queue.buffers != 0 and !queue.renewed) sys.unmap(queue.buffers, queue.buffers_bytes);
+    if (queue.batch.mapping != 0) sys.unmap(queue.batch.mapping, queue.batch.mapping_bytes);
     if (queue.zeroes != 0) sys.unmap(queue.zeroes, queue.config.io_bytes_max);
     if (@intFromPtr(queue.descs) != 0) sys.unmap(@intFromPtr(queue.descs), queue.descs_bytes);
     sys.unmap(queue.mapping, queue.mapping_bytes);
@@ -259,19 +277,22 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     if (!roomFor(&queue.ring, count)) return -sys.EBUSY;
     const tail = queue.ring.sq.sqe_tail;
     for (queue.commands[0..count]) |*command| {
-        const result = pack(queue, command, nextSqe(&queue.ring, queue.sqe_bytes));
+        const result = put(queue, command);
         if (result < 0) {
             queue.ring.sq.sqe_tail = tail; // All of a batch, or nothing.
+            if (inBatches(queue)) batch.drop(queue);
             return result;
         }
     }
     // Before the look for completions: from then on, none comes unheard.
     if (!wait) ringEventfd(&queue.ring, true);
-    const entered = enter(queue, wait);
+    // The completion of a batch of commits is there at once, and nothing to wait for.
+    const commits = inBatches(queue) and batch.close(queue);
+    const entered = enter(queue, if (!wait) 0 else if (commits) 2 else 1);
     if (entered < 0) return entered;
-    const events = drain(queue);
+    const events = if (inBatches(queue)) batch.drain(queue) else drain(queue);
     // The caller may sleep now, until there are completions.
-    const answered = if (unsent(&queue.ring)) enter(queue, false) else 0;
+    const answered = if (unsent(&queue.ring)) enter(queue, 0) else 0;
     if (answered < 0) return answered;
     // Whoever got some comes back for more before it sleeps, and need not be woken.
     if (!wait and events > 0) ringEventfd(&queue.ring, false);
@@ -284,11 +305,12 @@ fn ringEventfd(ring: *Ring, on: bool) void {
     @atomicStore(u32, flags, if (on) 0 else cq_eventfd_disabled, .seq_cst);
 }
 
-fn enter(queue: *Queue, wait: bool) i32 {
+/// Waits for so many completions, unless there are some.
+fn enter(queue: *Queue, wait: u32) i32 {
     const ready = pending(&queue.ring) > 0;
     if (ready and !unsent(&queue.ring)) return 0;
-    const result = if (wait and !ready)
-        io_uring_submit_and_wait(&queue.ring, 1)
+    const result = if (wait > 0 and !ready)
+        io_uring_submit_and_wait(&queue.ring, wait)
     else
         io_uring_submit_and_get_events(&queue.ring);
     // A signal, or completions to be drained before the kernel takes more.
@@ -299,7 +321,7 @@ fn enter(queue: *Queue, wait: bool) i32 {
     // until the flag is gone: whoever adds an item sets it last, when the item may have been
     // run already, and then nothing clears it before the next one. The eventfd is rung after.
     var enters = queue.capacity / task_work_batch + 2;
-    while (!wait and pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
+    while (wait == 0 and pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
         if (io_uring_get_events(&queue.ring) < 0) break;
         enters -= 1;
     }
@@ -315,8 +337,35 @@ fn moreToRun(ring: *Ring) bool {
     return @atomicLoad(u32, ring.sq.kflags, .monotonic) & sq_taskrun != 0;
 }
 
-fn pending(ring: *Ring) u32 {
+pub fn pending(ring: *Ring) u32 {
     return @atomicLoad(u32, ring.cq.ktail, .acquire) -% ring.cq.khead.*;
+}
+
+/// There must be room.
+fn put(queue: *Queue, command: *const layout.Command) i32 {
+    if (inBatches(queue) and command.op <= command_commit) {
+        if (command.tag >= queue.config.depth) return -sys.EINVAL;
+        batch.gather(queue, command);
+        return 0;
+    }
+    return pack(queue, command, nextSqe(&queue.ring, queue.sqe_bytes));
+}
+
+/// The next SQE as a command for the driver's queue. There must be room.
+pub fn nextCommand(queue: *Queue, op: u32) *layout.Sqe {
+    const sqe = nextSqe(&queue.ring, queue.sqe_bytes);
+    sqe.opcode = op_uring_cmd;
+    sqe.fd = queue.config.char_fd;
+    sqe.off = op;
+    const queue_id: *u16 = @ptrCast(@alignCast(&sqe.cmd)); // First in each command.
+    queue_id.* = @intCast(queue.config.queue_id);
+    return sqe;
+}
+
+/// What a COMMIT tells the driver, once the data is where it belongs.
+pub fn answer(queue: *Queue, command: *const layout.Command) i32 {
+    const gives = queue.config.data_mode == data_user and command.op == command_commit;
+    return if (gives) giveData(queue, command.tag, command.value) else command.value;
 }
 
 fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
@@ -333,10 +382,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
     const buffer = queue.addresses[command.tag];
     switch (command.op) {
         command_fetch, command_commit, command_register, command_unregister, command_get_data => {
-            const result = if (queue.config.data_mode == data_user and command.op == command_commit)
-                giveData(queue, command.tag, command.value)
-            else
-                command.value;
+            const result = answer(queue, command);
             if (queue.config.fetch_op == 0) {
                 sqe.opcode = op_nop;
                 return 0;
@@ -404,16 +450,7 @@ fn drain(queue: *Queue) i32 {
     const count = @min(pending(ring), queue.capacity);
     var events: u32 = 0;
     for (0..count) |i| {
-        const cqe = ring.cq.cqes[(head +% @as(u32, @intCast(i))) & ring.cq.ring_mask];
-        const event = layout.Event{
-            .tag = @truncate(cqe.user_data),
-            .kind = switch (@as(u32, @intCast(cqe.user_data >> 16))) {
-                command_fetch, command_commit, command_get_data => event_request,
-                command_wake => event_wake,
-                else => event_file,
-            },
-            .result = cqe.res,
-        };
+        const event = eventOf(&ring.cq.cqes[(head +% @as(u32, @intCast(i))) & ring.cq.ring_mask]);
         if (event.kind == event_request and event.result == 0 and !arrived(queue, event.tag)) continue;
         queue.events[events] = event;
         events += 1;
@@ -422,8 +459,20 @@ fn drain(queue: *Queue) i32 {
     return @intCast(events);
 }
 
+pub fn eventOf(cqe: *const layout.Cqe) layout.Event {
+    return .{
+        .tag = @truncate(cqe.user_data),
+        .kind = switch (@as(u32, @intCast(cqe.user_data >> 16))) {
+            command_fetch, command_commit, command_get_data => event_request,
+            command_wake => event_wake,
+            else => event_file,
+        },
+        .result = cqe.res,
+    };
+}
+
 /// Whether a request can be served. One whose data cannot be had is answered here.
-fn arrived(queue: *Queue, tag: u16) bool {
+pub fn arrived(queue: *Queue, tag: u16) bool {
     if (queue.config.data_mode != data_user) return true;
     const result = takeData(queue, tag);
     if (result < 0) refuse(queue, tag, result);
@@ -433,7 +482,7 @@ fn arrived(queue: *Queue, tag: u16) bool {
 fn refuse(queue: *Queue, tag: u16, result: i32) void {
     const commit = layout.Command{ .tag = tag, .op = command_commit, .value = result, .flags = 0, .buffer_offset = 0, .length = 0, .offset = 0 };
     // There is room: the tag has nothing else in flight.
-    _ = pack(queue, &commit, nextSqe(&queue.ring, queue.sqe_bytes));
+    _ = put(queue, &commit);
 }
 
 /// Copies the data of a WRITE into the tag's buffer.

@@ -15,6 +15,7 @@ pub const EBUSY = 16;
 pub const ENODEV = 19;
 pub const EINVAL = 22;
 pub const ENFILE = 23;
+pub const ENOBUFS = 105;
 
 pub const IoVec = extern struct { base: usize, len: usize };
 

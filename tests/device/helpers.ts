@@ -57,6 +57,13 @@ export const FULL = scaled(false, true);
 export const DATA_MODES: readonly { flags: readonly string[]; note: string }[] = [
   { flags: ["-g", "1"], note: "get data" },
   { flags: ["--user-copy"], note: "user copy" },
+  ...KERNEL === "newest"
+    ? [
+      { flags: ["--batch"], note: "batches" },
+      { flags: ["--batch", "--zero-copy=off"], note: "batches" },
+      { flags: ["--batch", "--user-copy"], note: "user copy, batches" },
+    ]
+    : [],
 ];
 
 const SCRATCH = existsSync("/scratch") ? "/scratch" : tmpdir();

@@ -70,11 +70,13 @@ deviceTest("zero copy is refused by name where kernel or target have none", {}, 
     const lack = /kernel 6\.12\S* lacks AUTO_BUF_REG \(needs 6\.16\)/;
     await refused(1, lack, "loop", image, "-z");
     await refused(1, /lacks SUPPORT_ZERO_COPY \(needs 6\.15\)/, "loop", image, "--zero-copy=reg");
+    await refused(1, /lacks BATCH_IO \(needs 7\.0\)/, "null", "--batch");
     const device = await scene.add("loop", image);
     assert.match(device.stderr, lack);
   }
   await refused(2, /Zero copy is not possible: the target needs/, "null", "-z");
   await refused(2, /Zero copy "x"/, "null", "--zero-copy=x");
+  await refused(2, /Queue depth 1: .* 2 or more for batches/, "null", "--batch", "-d", "1");
   await refused(2, /goes one way: not user copy and get data/, "null", "--user-copy", "-g", "1");
 });
 

@@ -24,7 +24,12 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { ERRNO } from "../../abi/errno.ts";
 import { IO_URING_CQE, IO_URING_PARAMS, IO_URING_SQE, SQE_CMD_OFFSET } from "../../abi/io_uring.ts";
 import type { Layout } from "../../abi/struct.ts";
-import { UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC } from "../../abi/ublk_structs.ts";
+import {
+  UBLK_BATCH_IO,
+  UBLKSRV_CTRL_CMD,
+  UBLKSRV_IO_CMD,
+  UBLKSRV_IO_DESC,
+} from "../../abi/ublk_structs.ts";
 import { loadShim, SHIM_VERSION } from "../../ffi/load.ts";
 import {
   COMMAND_BYTES,
@@ -138,6 +143,7 @@ test("ubd_queue_init refuses a null config, no wake descriptor, and a bad charac
   assert.strictEqual(tryQueue({ charFd: zero, descriptorOffset: -4096 }), -EINVAL);
   assert.strictEqual(tryQueue({ charFd: zero, descriptorOffset: NaN }), -EINVAL);
   assert.strictEqual(tryQueue({ userCopy: true }), -EINVAL, "nothing to copy from");
+  assert.strictEqual(tryQueue({ prepOpcode: 1 }), -EINVAL, "no driver, no batches");
   native.ubd_close(zero);
 });
 
@@ -387,7 +393,7 @@ test("queues up to the limit of handles are told apart and released again", {
 test("layout() has the kernel's sizes and offsets of abi/", () => {
   const layouts: Layout[] = [
     ...[IO_URING_SQE, IO_URING_CQE, IO_URING_PARAMS],
-    ...[UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC],
+    ...[UBLKSRV_CTRL_CMD, UBLKSRV_IO_CMD, UBLKSRV_IO_DESC, UBLK_BATCH_IO],
   ];
   const numbers = new Map(
     shim.layout().trimEnd().split("\n").map((line) => {

@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
   UBLK_F_AUTO_BUF_REG,
+  UBLK_F_BATCH_IO,
   UBLK_F_NEED_GET_DATA,
   UBLK_F_SUPPORT_ZERO_COPY,
   UBLK_F_UNPRIVILEGED_DEV,
@@ -17,7 +18,7 @@ import {
   chooseDataMode,
   chooseZeroCopy,
   type DataWish,
-  noteOf,
+  notesOf,
   zeroCopyOf,
 } from "../../core/data_mode.ts";
 
@@ -29,16 +30,16 @@ const NONE = UBLK_F_USER_COPY;
 test("chooseZeroCopy takes it by default, where kernel and target allow it", () => {
   assert.deepStrictEqual(chooseZeroCopy("auto", ABLE, BOTH | NONE), {
     flags: BOTH,
-    note: "zero copy",
+    notes: ["zero copy"],
   });
-  assert.deepStrictEqual(chooseZeroCopy("auto", undefined, BOTH), { flags: 0n });
+  assert.deepStrictEqual(chooseZeroCopy("auto", undefined, BOTH), { flags: 0n, notes: [] });
 });
 
 test("chooseZeroCopy says why it is off", () => {
   const why = (...args: Parameters<typeof chooseZeroCopy>) => {
-    const { flags, note } = chooseZeroCopy(...args);
+    const { flags, notes } = chooseZeroCopy(...args);
     assert.strictEqual(flags, 0n);
-    return note;
+    return notes[0];
   };
   assert.strictEqual(why("auto", UNABLE, BOTH), "zero copy: off, the moon is full");
   assert.strictEqual(why("off", ABLE, BOTH), "zero copy: off, as asked");
@@ -75,16 +76,16 @@ const refuses = (message: RegExp, ...args: Parameters<typeof choose>) =>
   );
 
 test("chooseDataMode gives what is asked for in place of zero copy, whatever the target", () => {
-  assert.deepStrictEqual(choose({}, ABLE), { flags: BOTH, note: "zero copy" });
+  assert.deepStrictEqual(choose({}, ABLE), { flags: BOTH, notes: ["zero copy"] });
   for (const offer of [ABLE, UNABLE, undefined]) {
     for (const zeroCopy of ["auto", "off"] as const) {
       assert.deepStrictEqual(choose({ zeroCopy, userCopy: true }, offer), {
         flags: UBLK_F_USER_COPY,
-        note: "user copy",
+        notes: ["user copy"],
       });
       assert.deepStrictEqual(choose({ zeroCopy, needGetData: true }, offer), {
         flags: UBLK_F_NEED_GET_DATA,
-        note: "get data",
+        notes: ["get data"],
       });
     }
   }
@@ -100,20 +101,35 @@ test("chooseDataMode refuses two ways at once", () => {
 
 test("chooseDataMode knows what the driver denies to unprivileged devices", () => {
   const flags = UBLK_F_UNPRIVILEGED_DEV;
-  const { note } = choose({}, ABLE, flags);
-  assert.strictEqual(note, "zero copy: off, the driver denies it to unprivileged devices");
+  const { notes } = choose({}, ABLE, flags);
+  assert.deepStrictEqual(notes, ["zero copy: off, the driver denies it to unprivileged devices"]);
   refuses(/Zero copy .* denies it to unprivileged/, { zeroCopy: "on" }, ABLE, flags);
   refuses(/User copy .* denies it to unprivileged/, { userCopy: true }, undefined, flags);
   const getData = choose({ needGetData: true }, undefined, flags);
   assert.strictEqual(getData.flags, UBLK_F_NEED_GET_DATA);
 });
 
-test("noteOf says of a device that is taken over what its flags say", () => {
-  assert.strictEqual(noteOf(UBLK_F_USER_COPY, ABLE), "user copy");
-  assert.strictEqual(noteOf(UBLK_F_NEED_GET_DATA, ABLE), "get data");
-  assert.strictEqual(noteOf(BOTH, ABLE), "zero copy");
-  assert.strictEqual(noteOf(0n, ABLE), "zero copy: off, as before");
-  assert.strictEqual(noteOf(0n, undefined), undefined);
+test("chooseDataMode adds batches to any way but get data", () => {
+  const batch = true;
+  assert.deepStrictEqual(choose({ batch }, ABLE), {
+    flags: BOTH | UBLK_F_BATCH_IO,
+    notes: ["zero copy", "batches"],
+  });
+  assert.deepStrictEqual(choose({ batch, userCopy: true }, ABLE), {
+    flags: UBLK_F_USER_COPY | UBLK_F_BATCH_IO,
+    notes: ["user copy", "batches"],
+  });
+  assert.strictEqual(choose({ batch }, undefined).flags, UBLK_F_BATCH_IO);
+  refuses(/no get data with batches$/, { batch, needGetData: true }, undefined);
+});
+
+test("notesOf says of a device that is taken over what its flags say", () => {
+  assert.deepStrictEqual(notesOf(UBLK_F_USER_COPY, ABLE), ["user copy"]);
+  assert.deepStrictEqual(notesOf(UBLK_F_NEED_GET_DATA, ABLE), ["get data"]);
+  assert.deepStrictEqual(notesOf(BOTH, ABLE), ["zero copy"]);
+  assert.deepStrictEqual(notesOf(BOTH | UBLK_F_BATCH_IO, ABLE), ["zero copy", "batches"]);
+  assert.deepStrictEqual(notesOf(0n, ABLE), ["zero copy: off, as before"]);
+  assert.deepStrictEqual(notesOf(0n, undefined), []);
 });
 
 test("zeroCopyOf reads the choice from a device's flags", () => {
