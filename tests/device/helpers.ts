@@ -60,8 +60,7 @@ export const DATA_MODES: readonly { flags: readonly string[]; note: string }[] =
   ...KERNEL === "newest"
     ? [
       { flags: ["--batch"], note: "batches" },
-      { flags: ["--batch", "--zero-copy=off"], note: "batches" },
-      { flags: ["--batch", "--user-copy"], note: "user copy, batches" },
+      ...scaled([], [{ flags: ["--batch", "--user-copy"], note: "user copy, batches" }]),
     ]
     : [],
 ];
