@@ -321,9 +321,11 @@ export class Queue implements Disposable {
       const result = this.#shim.native.ubd_queue_notify(this.#memory.handle, watch.fd);
       if (result < 0) throw UblkError.from(result, "set up a ring");
       while (this.#liveTags > 0) {
+        const asked = this.#commandCount;
         const events = this.#turn(0, handler, woken, failed);
         if (events < 0) return;
-        const idle = events === 0 && this.#commandCount === 0;
+        // Only a step that neither takes nor brings anything has the ring wake this queue.
+        const idle = asked === 0 && events === 0 && this.#commandCount === 0;
         if (idle) await new Promise<void>((resolve) => this.#goOn = resolve);
         // Timers and sockets get their turn also under load, and what they answer is one batch.
         if (!idle || this.#commandCount > 0) await new Promise(setImmediate);

@@ -284,19 +284,25 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
             return result;
         }
     }
-    // Before the look for completions: from then on, none comes unheard.
-    if (!wait) ringEventfd(&queue.ring, true);
+    // It is rung for each completion, also for those that this very step looks for.
+    if (!wait) ringEventfd(&queue.ring, false);
     // The completion of a batch of commits is there at once, and nothing to wait for.
     const commits = inBatches(queue) and batch.close(queue);
     const entered = enter(queue, if (!wait) 0 else if (commits) 2 else 1);
     if (entered < 0) return entered;
+    const events = collect(queue);
+    // Whoever had commands or got events comes back before it sleeps, and need not be woken.
+    if (wait or count > 0 or events != 0) return events;
+    ringEventfd(&queue.ring, true);
+    _ = io_uring_get_events(&queue.ring); // What came before that rang nothing.
+    return collect(queue);
+}
+
+/// Drains, and submits what that led to: the caller may sleep now, until there are completions.
+fn collect(queue: *Queue) i32 {
     const events = if (inBatches(queue)) batch.drain(queue) else drain(queue);
-    // The caller may sleep now, until there are completions.
     const answered = if (unsent(&queue.ring)) enter(queue, 0) else 0;
-    if (answered < 0) return answered;
-    // Whoever got some comes back for more before it sleeps, and need not be woken.
-    if (!wait and events > 0) ringEventfd(&queue.ring, false);
-    return events;
+    return if (answered < 0) answered else events;
 }
 
 /// Whether the eventfd of queueNotify is rung.
