@@ -36,8 +36,8 @@ export const adapter: Adapter = {
     Bun.plugin({
       name: "ubd",
       setup(build) {
-        for (const [name, exports] of Object.entries(modules)) {
-          build.module(name, () => ({ loader: "object", exports: { ...exports } }));
+        for (const [name, load] of Object.entries(modules)) {
+          build.module(name, async () => ({ loader: "object", exports: { ...await load() } }));
         }
       },
     });

@@ -80,7 +80,7 @@ export interface Adapter {
   /** A view of native memory, no copy. The caller knows how long the memory lives. */
   view(address: number, sizeBytes: number): ArrayBuffer;
   /** Lets modules loaded from now on import these by their names, if nothing else does. */
-  provideLibrary(modules: Record<string, object>): void;
+  provideLibrary(modules: Record<string, () => Promise<object>>): void;
   /** Makes an eventfd and calls `signalled` on the event loop whenever it has been written. */
   watch(shim: { path: string; native: Native }, signalled: () => void): Watch | number;
 }

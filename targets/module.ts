@@ -35,8 +35,10 @@ export function isModule(name: string): boolean {
 
 /** @throws {UsageError} the module cannot be loaded, or exports no target. */
 export async function loadModule(file: string): Promise<TargetDefinition> {
-  // The kit is loaded for modules only, not in each server.
-  provideLibrary({ ubd: library, "ubd/testing": await import("../testing/mod.ts") });
+  provideLibrary({
+    ubd: () => Promise.resolve(library),
+    "ubd/testing": () => import("../testing/mod.ts"),
+  });
   let exported;
   try {
     exported = await import(pathToFileURL(file).href);
