@@ -16,7 +16,7 @@ import type { Command } from "commander";
 import { STATE_NAMES, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
-import { readState, stateDirectory, statePath } from "../core/state.ts";
+import { makerOf, readState, stateDirectory, statePath } from "../core/state.ts";
 import { charDeviceOpeners } from "../core/users.ts";
 import { deleteDevice } from "./del.ts";
 import { deviceIds } from "./describe.ts";
@@ -48,7 +48,7 @@ export function defineGc(program: Command): void {
         "touches a device that is served.",
     )
     .option("--force", "also devices that could be recovered: their unfinished I/O fails")
-    .option("--all", "also dead devices of other programs, or of an add that was killed")
+    .option("--all", "also dead devices of other programs")
     .option("--dry-run", "only say what would be removed")
     .action(gc);
 }
@@ -93,22 +93,34 @@ async function leftovers(control: Control): Promise<Leftover[]> {
 }
 
 async function abandoned(control: Control, id: number): Promise<Leftover | undefined> {
-  let state;
+  let info;
   try {
-    ({ state } = await control.getDeviceInfo(id));
+    info = await control.getDeviceInfo(id);
   } catch (error) {
     if (error instanceof UblkError && ["ENODEV", "EACCES", "EPERM"].includes(error.errno)) return;
     throw error;
   }
+  const { state, targetFlags } = info;
   if (state === UBLK_S_DEV_LIVE) return undefined;
   if (charDeviceOpeners(control.dialect.charName(id)).length > 0) return undefined;
   const known = readState(id);
+  const server = known?.pid ?? makerOf(targetFlags);
   const needs: Leftover["needs"] = [];
-  if (!known) needs.push("--all");
+  // One that still runs may be waiting for udev; whoever knows better can say so.
+  const gone = known || server !== undefined && !existsSync(`/proc/${server}`);
+  if (!gone) needs.push("--all");
   if (state !== UBLK_S_DEV_DEAD) needs.push("--force");
-  const server = known ? `its server (process ${known.pid})` : "a server that is not known to ubd";
-  const more = state === UBLK_S_DEV_DEAD ? "" : "; it can be recovered";
-  return { device: id, why: `it is ${STATE_NAMES.get(state)}, ${server} is gone${more}`, needs };
+  const who = gone
+    ? `its server (process ${server}) is gone`
+    : server === undefined
+    ? "a server that is not known to ubd is gone"
+    : `process ${server}, which added it, does not serve it`;
+  const more = state === UBLK_S_DEV_DEAD
+    ? ""
+    : gone && !known
+    ? "; what it served is not known"
+    : "; it can be recovered";
+  return { device: id, why: `it is ${STATE_NAMES.get(state)}, ${who}${more}`, needs };
 }
 
 /** State files without a device, and those that a killed process was about to write. */

@@ -32,6 +32,7 @@ import { UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
 import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
+import { makersMark } from "./state.ts";
 import { type DeviceStats, sumStats } from "./stats.ts";
 import type { OpenTarget } from "./target.ts";
 
@@ -164,6 +165,7 @@ export class Device {
         depth: options.depth,
         maxIoBytes: options.ioBytesMax,
         flags,
+        targetFlags: makersMark(process.pid),
         blockSize: limits.blockBytes,
         sizeBytes: limits.sizeBytes,
       });

@@ -18,6 +18,7 @@ import {
   readFileSync,
   renameSync,
   rmSync,
+  statSync,
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
@@ -34,6 +35,8 @@ export interface DeviceState {
   pid: number;
   /** Process that starts the server again when it dies, if there is one. */
   supervisor?: number;
+  /** The device lives only as long as another process does: `ubd run`. */
+  leashed?: boolean;
   target: TargetFacts;
   queues: QueueFacts[];
   /** What the server was told, for the next one: cli/start_server.ts knows its form. */
@@ -94,4 +97,27 @@ export function readState(id: number): DeviceState | undefined {
 export function removeState(id: number, pid?: number): void {
   if (pid !== undefined && readState(id)?.pid !== pid) return;
   rmSync(statePath(id), { force: true });
+}
+
+/** Bits 22 to 31 of a mark; below them is room for the largest process id. */
+const MARK = 0x2bdn << 22n;
+const MARK_PID = (1n << 22n) - 1n;
+
+/**
+ * What a new device is marked with, in the field that the driver keeps for servers: a device
+ * exists before its state file does, and whoever was killed in between can only be found by this.
+ */
+export function makersMark(pid: number): bigint {
+  return pidNamespace() << 32n | MARK | BigInt(pid);
+}
+
+/** @returns the process that added the device; undefined: another program's, or not to be seen. */
+export function makerOf(mark: bigint): number | undefined {
+  const pid = Number(mark & MARK_PID);
+  return mark === makersMark(pid) ? pid : undefined;
+}
+
+/** A process id means nothing outside of its namespace. */
+function pidNamespace(): bigint {
+  return BigInt(statSync("/proc/self/ns/pid").ino) & 0xffff_ffffn;
 }

@@ -24,7 +24,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { afterEach, test } from "node:test";
-import { readState, removeState, writeState } from "../../core/state.ts";
+import { makerOf, makersMark, readState, removeState, writeState } from "../../core/state.ts";
 
 const ID = 4_000_000 + process.pid;
 const isRoot = process.getuid!() === 0;
@@ -146,4 +146,17 @@ test("removeState spares the state of another process, unless told of none", { s
   assert.ok(!existsSync(FILE));
   removeState(ID);
   removeState(ID, process.pid);
+});
+
+test("a device's mark names the process that made it, and no other mark does", () => {
+  for (const pid of [1, process.pid, 4_194_304 - 1]) {
+    const mark = makersMark(pid);
+    assert.strictEqual(makerOf(mark), pid);
+    assert.ok(mark > 0n && mark < 1n << 64n);
+    // One of another namespace, of another program, and none.
+    for (const bit of [63n, 32n, 31n, 22n]) {
+      assert.strictEqual(makerOf(mark ^ 1n << bit), undefined);
+    }
+  }
+  assert.strictEqual(makerOf(0n), undefined);
 });
