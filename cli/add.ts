@@ -3,17 +3,21 @@
 
 import { resolve } from "node:path";
 import process from "node:process";
+import { isDeepStrictEqual } from "node:util";
+import { UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { ZERO_COPY_WISHES, type ZeroCopyWish } from "../core/data_mode.ts";
 import { checkOptions, DEPTH_DEFAULT, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "../core/device.ts";
 import { describeOptions } from "../core/define_target.ts";
-import { UsageError } from "../core/error.ts";
+import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
+import { readState } from "../core/state.ts";
+import { charDeviceOpeners } from "../core/users.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
 import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
-import { describeDevice, dumpDevice } from "./describe.ts";
+import { describeDevice, dumpDevice, isNoneOfOurs } from "./describe.ts";
 import { serve } from "./server.ts";
 import { type Live, type RecoveryMode, type ServerSpec, startServer } from "./start_server.ts";
 import { formatSize, parseInteger, parseSize } from "./size.ts";
@@ -292,11 +296,38 @@ async function add(
       notify(`READY=1\nSTATUS=${live.path} is live`);
       shown = show(live, options);
     };
-    await serve(spec, { daemon: false, log, onAdded: () => {}, onLive });
+    const adopted = await waitingDevice(spec);
+    await serve({ ...spec, ...adopted }, { daemon: false, log, onAdded: () => {}, onLive });
     await shown;
   } else {
     await show(await startServer(spec), options);
   }
+}
+
+/**
+ * A service manager starts a server that died with the same words again: is the device that they
+ * name waiting for a server, and was it added with the same, it is taken over.
+ */
+async function waitingDevice(spec: ServerSpec): Promise<{ recover?: number }> {
+  const { id } = spec.device;
+  if (id < 0 || !spec.recovery) return {};
+  using control = await Control.open();
+  const known = readState(id);
+  if (!known || charDeviceOpeners(control.dialect.charName(id)).length > 0) return {};
+  try {
+    if ((await control.getDeviceInfo(id)).state === UBLK_S_DEV_DEAD) return {};
+  } catch (error) {
+    if (isNoneOfOurs(error)) return {};
+    throw error;
+  }
+  if (isDeepStrictEqual(known.spec, JSON.parse(JSON.stringify(spec)))) return { recover: id };
+  throw new UblkError({
+    errno: "EEXIST",
+    operation: "add",
+    device: id,
+    hint: "it waits for a server, and was added with other options: ubd recover -n ID serves it " +
+      "with those, ubd del --force ID deletes it",
+  });
 }
 
 export function toSpec(
