@@ -60,7 +60,13 @@ async function quiesce(device: number | undefined, options: QuiesceOptions): Pro
 async function upgrade(device: number | undefined, options: QuiesceOptions): Promise<void> {
   const id = oneDeviceId("upgrade", device, options.number);
   using control = await Control.open();
-  const { spec } = await knownState(control, id, "upgrade");
+  const { spec, leashed } = await knownState(control, id, "upgrade");
+  if (leashed) {
+    const hint =
+      "ubd run made it for the time of a command, and could not tell a new server when " +
+      "that is over";
+    throw new UblkError({ errno: "EOPNOTSUPP", operation: "upgrade", device: id, hint });
+  }
   const flags = await refuseUnquiescible(control, id);
   if ((flags & UBLK_F_USER_RECOVERY_FAIL_IO) !== 0n && !options.force) {
     const hint = "it was added with --recovery=fail, so I/O fails meanwhile; add --force to accept";

@@ -125,6 +125,7 @@ export async function serve(
   const state = {
     pid: process.pid,
     ...(supervisor !== undefined && { supervisor }),
+    ...(unneeded && { leashed: true }),
     target: facts,
     queues: [...device.queues],
     spec: lasting,

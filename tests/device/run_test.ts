@@ -59,6 +59,9 @@ deviceTest("run hands signals on, and its device goes with the command or with i
   await gone(typed.device);
 
   const killed = await waiting(scene, image);
+  const upgrade = await scene.ubd("upgrade", `${killed.device.id}`);
+  assert.equal(upgrade.code, 1);
+  assert.match(upgrade.stderr, /ubd run made it for the time of a command/);
   process.kill(killed.job.pid, "SIGKILL");
   await gone(killed.device, 60_000);
   killed.job.kill("SIGKILL");
