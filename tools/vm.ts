@@ -128,8 +128,15 @@ export async function runInGuest(options: GuestOptions): Promise<GuestResult> {
         `${options.command ? "virtserialport,name=ubd" : "virtconsole"},chardev=command`,
       ],
     ];
-    const { output, seconds } = await runQemu(args, directory, timeoutS, options);
-    return { ...readOutcome(directory), output, seconds };
+    const boot = () => runQemu(args, directory, timeoutS, options);
+    let run = await boot();
+    // Under emulation one processor may run code that another is patching: now and then a kernel
+    // dies of that as it boots ("Oops: int3"), before anything of ours has run.
+    if (!existsSync(join(directory, "host/started"))) {
+      process.stderr.write("vm: the guest died as it booted; once more\n");
+      run = await boot();
+    }
+    return { ...readOutcome(directory), ...run };
   } finally {
     process.removeListener("exit", cleanUp);
     cleanUp();
