@@ -102,9 +102,15 @@ interface Job {
   /** Such as "1/3". */
   part: string;
   files: string[];
-  /** Only the one test that leaves a device which nothing but a reboot removes. */
-  deadlock?: boolean;
+  /** Only this one test, in a guest that is made for it. */
+  alone?: { what: string; test: string; memoryMiB?: number; env?: Record<string, string> };
 }
+
+/** At full scale only; the first one leaves a device which nothing but a reboot removes. */
+const ALONE: Required<Job>["alone"][] = [
+  { what: "the deadlock", test: "deadlocks", env: { UBD_DEADLOCK: "1" } },
+  { what: "1 GiB of swap", test: "1 GiB of swap", memoryMiB: 1024 },
+];
 
 /** The most that one guest can do in about ten minutes, so that both lanes end together. */
 function partsOf(kernel: KernelName, ubd: Runner): Job[] {
@@ -123,8 +129,8 @@ function partsOf(kernel: KernelName, ubd: Runner): Job[] {
  * One guest, some files of device tests. Its output is kept until the end: two guests run at a
  * time.
  */
-async function deviceTests({ kernel, ubd, part, files, deadlock }: Job): Promise<void> {
-  const what = deadlock ? "the deadlock" : `device tests ${part}`;
+async function deviceTests({ kernel, ubd, part, files, alone }: Job): Promise<void> {
+  const what = alone?.what ?? `device tests ${part}`;
   const name = `${what}, Linux ${kernel}, ubd as ${ubd}`;
   console.log(`== ${name}: begins`);
   const results = mkdtempSync(join(scratch, "results-"));
@@ -133,14 +139,15 @@ async function deviceTests({ kernel, ubd, part, files, deadlock }: Job): Promise
     ubd,
     resultsDir: results,
     timeoutS: options.full ? 7200 : 1200,
+    ...(alone?.memoryMiB && { memoryMiB: alone.memoryMiB }),
     env: {
       UBD_RUNNER: ubd,
       UBD_KERNEL: kernel,
       UBD_SCALE: options.full ? "full" : "small",
-      UBD_DEADLOCK: deadlock ? "1" : "",
+      ...alone?.env,
     },
     command: "bun test --reporter=junit --reporter-outfile=/results/report.xml " +
-      `--timeout=120000 ${deadlock ? "-t deadlocks" : ""} ${files.join(" ")}`,
+      `--timeout=120000 ${alone ? `-t '${alone.test}'` : ""} ${files.join(" ")}`,
   });
   console.log(`\n== ${name}\n${guest.output}`);
   if (guest.exitCode !== 0) console.log(guest.dmesg.split("\n").slice(-40).join("\n"));
@@ -177,8 +184,13 @@ if (!options.quick) {
       for (let job = jobs.shift(); job; job = jobs.shift()) await deviceTests(job);
     };
     await Promise.all([lane(), lane()]);
-    const deadlock = { part: "", files: ["/ubd/tests/device/isolation_test.ts"], deadlock: true };
-    if (options.full) await deviceTests({ kernel: "newest", ubd: "binary", ...deadlock });
+    if (!options.full) return;
+    const files = ["/ubd/tests/device/isolation_test.ts"];
+    for (const kernel of kernels.filter((kernel) => kernel !== "6.1")) {
+      for (const alone of ALONE) {
+        await deviceTests({ kernel, ubd: "binary", part: "", files, alone });
+      }
+    }
   });
   await stage("demo", () => program("bun", "tools/demo.ts"));
   await stage("bench", () => program("bun", "bench/bench.ts", "--quick"));

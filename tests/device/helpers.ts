@@ -527,7 +527,7 @@ export async function inPairs(
   await Promise.all([worker(), worker()]);
 }
 
-/** A fio that writes a part of a device and verifies all of it, again and again. */
+/** A fio that writes a part of a device, or a file, and verifies all of it, again and again. */
 export interface Verifier {
   /** @throws {AssertionError} it has ended: fio saw an error. */
   goesOn(): void;
@@ -536,7 +536,11 @@ export interface Verifier {
 }
 
 /** @param depth of fio's queue. */
-export function startVerifier(scene: Scene, { path }: Added, depth: number): Verifier {
+export function startVerifier(
+  scene: Scene,
+  { path }: Pick<Added, "path">,
+  depth: number,
+): Verifier {
   // Not time_based: when its time is over, fio skips the verification.
   const fio = "fio --max-jobs=2 --name=verify --direct=1 --ioengine=libaio --rw=randwrite " +
     `--bs=4k --size=8M --filename=${path} --iodepth=${depth} --verify=crc32c --verify_fatal=1`;

@@ -5,6 +5,7 @@ import assert from "node:assert/strict";
 import process from "node:process";
 import {
   type Added,
+  blockStat,
   DATA_MODES,
   deviceTest,
   scaled,
@@ -39,7 +40,9 @@ deviceTest("recover serves the same device again: reissue loses no I/O of a runn
   for (let round = 0; round < kills; round++) {
     await scene.sh(`sleep ${1 + round % 2}`);
     fio.goesOn();
-    await kill(scene, device, "state QUIESCED");
+    // Every other time without waiting until the driver has noticed.
+    if (round % 2 === 0) await kill(scene, device, "state QUIESCED");
+    else process.kill(device.pid, "SIGKILL");
     const next = await recover(scene, device);
     assert.equal(next.path, device.path);
     assert.equal(/flags (\S+)/.exec(next.stdout)![1], /flags (\S+)/.exec(device.stdout)![1]);
@@ -70,22 +73,96 @@ deviceTest("recover finds the way of the data: reissue loses no I/O in any of th
   for (const device of devices) await scene.del(device);
 });
 
-deviceTest("a mounted ext4 outlives the server: files whole, fsck finds nothing", {
-  anyKernel: true,
-}, async (scene) => {
-  const device = await scene.add("loop", scene.image("disk", 64 << 20), "--recovery");
-  await scene.sh(`mkfs.ext4 -q ${device.path}`);
-  const point = await scene.mount("point", device.path);
-  await scene.sh("head -c 4M /dev/urandom > data");
-  const writer = scene.start(["bash", "-c", `for i in {1..6}; do cp data ${point}/$i; sync; done`]);
-  await scene.sh("sleep 1");
-  await kill(scene, device, "state QUIESCED");
-  const next = await recover(scene, device);
-  assert.equal((await writer.ended).code, 0);
-  await scene.sh(`for i in {1..6}; do cmp data ${point}/$i; done`);
-  await scene.sh(`umount ${point}; fsck.ext4 -f -n ${next.path}`);
-  await scene.del(next);
-});
+/** Writes on through errors. @returns how many requests failed, once it is told to end. */
+function startStubborn(scene: Scene, { path }: Added, depth: number): () => Promise<number> {
+  const fio = scene.start([
+    ...["fio", "--name=stubborn", `--filename=${path}`, "--direct=1", "--ioengine=libaio"],
+    ...["--rw=randwrite", "--bs=4k", `--iodepth=${depth}`, "--size=8M", "--time_based"],
+    ...["--runtime=3600", "--continue_on_error=io", "--output-format=json", "--max-jobs=2"],
+  ], { limitMs: 1_200_000 });
+  return async () => {
+    fio.kill("SIGINT");
+    const { stdout, stderr } = await fio.ended;
+    const report = stdout.slice(stdout.indexOf("{\n"), stdout.lastIndexOf("}") + 1);
+    const { total_err } = JSON.parse(report).jobs[0] as { total_err: number };
+    assert.ok(total_err >= 0, stdout + stderr);
+    return total_err;
+  };
+}
+
+for (const mode of ["wait", "fail"] as const) {
+  const fails = mode === "wait" ? "only what was in flight" : "all until there is a new server";
+  deviceTest(`kills in mode ${mode} fail ${fails}; then all is well`, {
+    limitS: scaled(180, 1200),
+    anyKernel: mode === "wait",
+  }, async (scene) => {
+    const [depth, kills] = [16, scaled(1, 10)];
+    let device = await scene.add("loop", scene.image("disk", 64 << 20), `--recovery=${mode}`);
+    let worst = 0;
+    for (let round = 0; round < kills; round++) {
+      const end = startStubborn(scene, device, depth);
+      const writes = () => blockStat(device)[4]!;
+      const before = writes();
+      assert.ok(await until(() => writes() > before + depth, 60_000), "fio writes nothing");
+      await kill(scene, device, mode === "wait" ? "QUIESCED" : "FAIL_IO");
+      if (mode === "fail") {
+        const late = ["dd", "if=/dev/zero", `of=${device.path}`, "count=1", "oflag=direct"];
+        assert.notEqual((await scene.run(late)).code, 0, "without a server, a write succeeds");
+      }
+      device = await recover(scene, device);
+      // When all its writes fail, fio ends by itself.
+      const recovered = writes();
+      const goesOn = () => mode === "fail" || writes() > recovered + depth;
+      assert.ok(await until(goesOn, 60_000), "fio does not go on");
+      const failed = await end();
+      worst = Math.max(worst, failed);
+      if (mode === "wait") assert.ok(failed <= depth, `${failed} failed, ${depth} were in flight`);
+      else assert.ok(failed > 0, "what was in flight did not fail");
+      await scene.sh(
+        "head -c 1M /dev/urandom > data; dd status=none if=data bs=64k oflag=direct " +
+          `of=${device.path} seek=512; cmp -n 1M data <(dd status=none if=${device.path} bs=64k ` +
+          "skip=512 iflag=direct count=16)",
+      );
+    }
+    console.log(`${kills} kills in mode ${mode}: at most ${worst} requests failed at one`);
+    const fio = startVerifier(scene, device, depth);
+    await scene.sh("sleep 1");
+    await fio.finish();
+    await scene.del(device);
+  });
+}
+
+for (const how of ["kill -9 and recover", "upgrade"]) {
+  deviceTest(`a mounted ext4 outlives ${how}: fio sees no error, files whole, fsck content`, {
+    limitS: 300,
+    anyKernel: how !== "upgrade", // Which needs QUIESCE_DEV.
+  }, async (scene) => {
+    let device = await scene.add("loop", scene.image("disk", 96 << 20), "--recovery");
+    await scene.sh(`mkfs.ext4 -q ${device.path}`);
+    const point = await scene.mount("point", device.path);
+    await scene.sh("head -c 4M /dev/urandom > data");
+    const fio = startVerifier(scene, { path: `${point}/fio` }, 16);
+    const copy = `for i in {1..6}; do cp data ${point}/$i; sync; sleep 0.3; done`;
+    const writer = scene.start(["bash", "-c", copy]);
+    for (let round = 0; round < scaled(1, 10); round++) {
+      await scene.sh("sleep 1");
+      fio.goesOn();
+      if (how === "upgrade") {
+        const { code, stdout, stderr } = await scene.ubd("upgrade", `${device.id}`);
+        assert.equal(code, 0, stderr);
+        device = scene.adopt(stdout);
+      } else {
+        await kill(scene, device, "state QUIESCED");
+        device = await recover(scene, device);
+      }
+    }
+    assert.equal((await writer.ended).code, 0);
+    await fio.finish();
+    await scene.sh(`for i in {1..6}; do cmp data ${point}/$i; done`);
+    await scene.sh(`umount ${point}; fsck.ext4 -f -n ${device.path}`);
+    await scene.del(device);
+  });
+}
 
 for (const [mode, state] of [["wait", "QUIESCED"], ["fail", "FAIL_IO"]] as const) {
   deviceTest(
