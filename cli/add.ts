@@ -209,7 +209,11 @@ export function defineDeviceOptions(command: Command): Command {
       option("--unprivileged", "a device of your own, without root (ubd udev install)", DEVICE),
     )
     .addOption(
-      option("--mlock", "keep the server out of swap: about 200 MiB of memory for good", DEVICE),
+      option(
+        "--mlock",
+        "keep the server out of swap, as swap on it needs: about 200 MiB for good",
+        DEVICE,
+      ),
     )
     .addOption(
       option("--zero-copy <mode>", "auto: where kernel and target allow; on, reg, off", DEVICE)

@@ -147,7 +147,8 @@ deviceTest("1 GiB of swap carries a guest of 1 GiB through five minutes of press
 }, async (scene) => {
   const image = scene.image("disk", 0);
   await scene.sh(`fallocate -l ${GIB_MIB}M ${image}`);
-  const device = await scene.add("loop", image);
+  // Without --mlock the server is swapped out to its own device, and never comes back.
+  const device = await scene.add("loop", image, "--mlock");
   await scene.sh(`mkswap ${device.path} > /dev/null; swapon ${device.path}`);
   scene.finally(() => scene.run(["swapoff", device.path]));
   const before = counters("/proc/vmstat");
