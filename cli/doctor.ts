@@ -18,6 +18,7 @@ import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { contents, namesIn } from "../core/proc.ts";
 import { stateDirectory } from "../core/state.ts";
+import { swapPaths } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { describeAll } from "./describe.ts";
 import { EXIT } from "./exit.ts";
@@ -387,6 +388,7 @@ async function checkDevices(): Promise<Finding[]> {
           : `${path} ${state === "FAIL_IO" ? "fails" : "holds"} all I/O until it is served again`,
         mend: state === "DEAD" ? `ubd del ${id}, or ubd gc` : `ubd recover ${id}, or ubd del ${id}`,
       })),
+      ...devices.filter(({ pid }) => isAlive(pid) && !isLocked(pid)).flatMap(unlockedSwap),
     ];
   } catch (error) {
     if (!(error instanceof UblkError)) throw error;
@@ -397,6 +399,21 @@ async function checkDevices(): Promise<Finding[]> {
       why: error.message,
     }];
   }
+}
+
+function unlockedSwap({ path, pid }: { path: string; pid: number }): Finding[] {
+  return swapPaths(path.replace("/dev/", "")).map((swap) => ({
+    check: "devices",
+    level: "warning",
+    what: `${swap} is swap, and its server (process ${pid}) is not locked in memory`,
+    why:
+      "the server may be swapped out to its own device: all that needs memory then waits for ever",
+    mend: `swapoff ${swap}, delete the device and add it with --mlock`,
+  }));
+}
+
+function isLocked(pid: number): boolean {
+  return /^VmLck:\s+[1-9]/m.test(contents(`/proc/${pid}/status`));
 }
 
 function isAlive(pid: number): boolean {

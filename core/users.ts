@@ -19,7 +19,8 @@ const PATIENCE_MS = 1000;
 export async function deviceUsers(blockName: string): Promise<string[]> {
   const lasting = () => {
     const nodes = deviceNodes(blockName);
-    return [...mounts(nodes), ...swaps(nodes), ...holders(blockName), ...loops(nodes)];
+    const swaps = swapPaths(blockName).map((path) => `${path} is swap`);
+    return [...mounts(nodes), ...swaps, ...holders(blockName), ...loops(nodes)];
   };
   const deadline = performance.now() + PATIENCE_MS;
   for (;;) {
@@ -58,12 +59,11 @@ function mounts(nodes: Map<string, string>): string[] {
   return [...found];
 }
 
-function swaps(nodes: Map<string, string>): string[] {
-  const names = new Set(nodes.values());
+/** @returns paths of the device and its partitions that are swap. */
+export function swapPaths(blockName: string): string[] {
+  const names = new Set(deviceNodes(blockName).values());
   const paths = contents("/proc/swaps").split("\n").slice(1).map((line) => line.split(/\s/)[0]!);
-  return paths.filter((path) => names.has(path.replace("/dev/", ""))).map((path) =>
-    `${path} is swap`
-  );
+  return paths.filter((path) => names.has(path.replace("/dev/", "")));
 }
 
 function holders(blockName: string): string[] {

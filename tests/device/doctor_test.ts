@@ -55,6 +55,26 @@ deviceTest("doctor is content with this machine, and finds what servers left beh
   assert.ok(existsSync(stale) && existsSync(`/dev/ublkc${dead.id}`) && existsSync(live.path));
 });
 
+deviceTest(
+  "doctor warns of swap on a device whose server may be swapped out",
+  {},
+  async (scene) => {
+    const swaps = [];
+    for (const more of [[], ["--mlock"]]) {
+      const device = await scene.add("loop", scene.image(`swap${more.length}`, 16 << 20), ...more);
+      await scene.sh(`mkswap ${device.path} > /dev/null; swapon ${device.path}`);
+      scene.finally(() => scene.sh(`swapoff ${device.path}`));
+      swaps.push(device);
+    }
+    const warned = worse(await findings(scene, 0), "warning");
+    assert.deepEqual(warned.filter(({ check }) => check === "devices").map(({ what }) => what), [
+      `${swaps[0]!.path} is swap, and its server (process ${
+        swaps[0]!.pid
+      }) is not locked in memory`,
+    ]);
+  },
+);
+
 deviceTest("doctor tells a user, a machine without io_uring and one without the driver apart", {
   anyKernel: true,
 }, async (scene) => {
