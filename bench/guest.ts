@@ -180,7 +180,7 @@ function recipes(plan: Plan, { target, contenders }: Group): Recipe[] {
   const all: Recipe[] = [
     ubd("ubd", UBD),
     ubd("ubd, copying", UBD, "--zero-copy=off"),
-    ...(isNull ? [ubd("ubd on Deno", UBD_ON_DENO)] : []),
+    ...(isNull ? [ubd("ubd, zero copy", UBD, "-z"), ubd("ubd on Deno", UBD_ON_DENO)] : []),
     ...has("kublk", [kublk("kublk"), kublk("kublk, zero copy", "--auto_zc")]),
     ...has("rublk", [rublk("rublk"), rublk("rublk, zero copy", "-z")]),
     ...has("qemu-nbd", [{

@@ -97,7 +97,7 @@ export function notesOf(flags: bigint, offer: ZeroCopyOffer | undefined): string
   if (flags & UBLK_F_USER_COPY) notes.push("user copy");
   else if (flags & UBLK_F_NEED_GET_DATA) notes.push("get data");
   else if (zeroCopyOf(flags)) notes.push("zero copy");
-  else if (offer) notes.push("zero copy: off, as before");
+  else if (offer && !("whenAsked" in offer)) notes.push("zero copy: off, as before");
   if (flags & UBLK_F_BATCH_IO) notes.push("batches");
   return notes;
 }
@@ -111,6 +111,7 @@ export function chooseZeroCopy(
   offer: ZeroCopyOffer | undefined,
   features: bigint,
 ): DataMode {
+  if (offer && "whenAsked" in offer && wish === "auto") return { flags: 0n, notes: [] };
   if (wish === "off") {
     return { flags: 0n, notes: offer ? ["zero copy: off, as asked"] : [] };
   }

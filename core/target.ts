@@ -37,7 +37,13 @@ export interface DeviceLimits {
  * `write` of Queue), never through this process's memory. They are where a client has them, aligned
  * as said here; or there is an obstacle, in words: "its data is compressed".
  */
-export type ZeroCopyOffer = { readonly memoryAlignBytes: number } | { readonly obstacle: string };
+export type ZeroCopyOffer =
+  | {
+    readonly memoryAlignBytes: number;
+    /** Only for those who ask for it: it has a price that is no speed. */
+    readonly whenAsked?: true;
+  }
+  | { readonly obstacle: string };
 
 /** Plain JSON. */
 export type TargetFacts = Record<string, string | number | boolean | readonly string[]>;

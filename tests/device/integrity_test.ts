@@ -59,26 +59,36 @@ for (const { flags, note } of DATA_MODES) {
   });
 }
 
-deviceTest("zero copy is refused by name where kernel or target have none", {}, async (scene) => {
-  const image = scene.image("disk.img", 1 << 20);
-  const refused = async (code: number, message: RegExp, ...args: string[]) => {
-    const { code: actual, stderr } = await scene.ubd("add", ...args);
-    assert.strictEqual(actual, code, stderr);
-    assert.match(stderr, message);
-  };
-  if (!hasZeroCopy) {
-    const lack = /kernel 6\.12\S* lacks AUTO_BUF_REG \(needs 6\.16\)/;
-    await refused(1, lack, "loop", image, "-z");
-    await refused(1, /lacks SUPPORT_ZERO_COPY \(needs 6\.15\)/, "loop", image, "--zero-copy=reg");
-    await refused(1, /lacks BATCH_IO \(needs 7\.0\)/, "null", "--batch");
-    const device = await scene.add("loop", image);
-    assert.match(device.stderr, lack);
-  }
-  await refused(2, /Zero copy is not possible: the target needs/, "null", "-z");
-  await refused(2, /Zero copy "x"/, "null", "--zero-copy=x");
-  await refused(2, /Queue depth 1: .* 2 or more for batches/, "null", "--batch", "-d", "1");
-  await refused(2, /goes one way: not user copy and get data/, "null", "--user-copy", "-g", "1");
-});
+deviceTest(
+  "zero copy is there when asked for, or refused by name of what has none",
+  {},
+  async (scene) => {
+    const image = scene.image("disk.img", 1 << 20);
+    const refused = async (code: number, message: RegExp, ...args: string[]) => {
+      const { code: actual, stderr } = await scene.ubd("add", ...args);
+      assert.strictEqual(actual, code, stderr);
+      assert.match(stderr, message);
+    };
+    if (!hasZeroCopy) {
+      const lack = /kernel 6\.12\S* lacks AUTO_BUF_REG \(needs 6\.16\)/;
+      await refused(1, lack, "loop", image, "-z");
+      await refused(1, /lacks SUPPORT_ZERO_COPY \(needs 6\.15\)/, "loop", image, "--zero-copy=reg");
+      await refused(1, /lacks BATCH_IO \(needs 7\.0\)/, "null", "--batch");
+      const device = await scene.add("loop", image);
+      assert.match(device.stderr, lack);
+    }
+    await refused(2, /Zero copy is not possible: the target needs/, "memory", "-z");
+    if (hasZeroCopy) {
+      const device = await scene.add("null", "-z");
+      assert.match(device.stderr, /, zero copy\n/);
+      await scene.sh(`dd if=${device.path} of=/dev/null bs=128k count=16 iflag=direct status=none`);
+      await scene.sh(`dd if=/dev/zero of=${device.path} bs=128k count=16 oflag=direct status=none`);
+    }
+    await refused(2, /Zero copy "x"/, "null", "--zero-copy=x");
+    await refused(2, /Queue depth 1: .* 2 or more for batches/, "null", "--batch", "-d", "1");
+    await refused(2, /goes one way: not user copy and get data/, "null", "--user-copy", "-g", "1");
+  },
+);
 
 deviceTest("each queue's thread stays with the CPUs whose I/O it gets", {}, async (scene) => {
   const { pid, stdout } = await scene.add("null", "-q", "2");

@@ -33,6 +33,9 @@ test("chooseZeroCopy takes it by default, where kernel and target allow it", () 
     notes: ["zero copy"],
   });
   assert.deepStrictEqual(chooseZeroCopy("auto", undefined, BOTH), { flags: 0n, notes: [] });
+  const reserved = { memoryAlignBytes: 1, whenAsked: true } as const;
+  assert.deepStrictEqual(chooseZeroCopy("auto", reserved, BOTH), { flags: 0n, notes: [] });
+  assert.strictEqual(chooseZeroCopy("on", reserved, BOTH).flags, BOTH);
 });
 
 test("chooseZeroCopy says why it is off", () => {
