@@ -7,7 +7,13 @@ import { isDeepStrictEqual } from "node:util";
 import { UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { ZERO_COPY_WISHES, type ZeroCopyWish } from "../core/data_mode.ts";
-import { checkOptions, DEPTH_DEFAULT, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "../core/device.ts";
+import {
+  checkOptions,
+  DEPTH_DEFAULT,
+  IO_BYTES_DEFAULT,
+  IO_BYTES_DEFAULT_ZERO_COPY,
+  QUEUES_DEFAULT,
+} from "../core/device.ts";
 import { describeOptions } from "../core/define_target.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
@@ -68,6 +74,9 @@ export interface AddOptions {
   user_recovery_fail_io?: boolean;
   json?: boolean;
 }
+
+const IO_SIZES = `${formatSize(IO_BYTES_DEFAULT)}; ` +
+  `with zero copy ${formatSize(IO_BYTES_DEFAULT_ZERO_COPY)}`;
 
 const DEVICE = "Device:";
 const TARGET = "Target:";
@@ -196,8 +205,8 @@ export function defineDeviceOptions(command: Command): Command {
         .default(DEPTH_DEFAULT).argParser(integer("Queue depth")),
     )
     .addOption(
-      option("--max-io-size <size>", "largest request", DEVICE)
-        .default(IO_BYTES_DEFAULT, formatSize(IO_BYTES_DEFAULT)).argParser(size("Largest I/O")),
+      option("--max-io-size <size>", `largest request (default: ${IO_SIZES})`, DEVICE)
+        .argParser(size("Largest I/O")),
     )
     .addOption(
       option("--recovery [mode]", "outlive the server: wait, reissue or fail (ubd recover)", DEVICE)

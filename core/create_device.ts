@@ -10,7 +10,7 @@ import {
   type Target,
   toDefinition,
 } from "./define_target.ts";
-import { DEPTH_DEFAULT, Device, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "./device.ts";
+import { DEPTH_DEFAULT, Device, QUEUES_DEFAULT } from "./device.ts";
 import { openHere } from "./queue_thread.ts";
 import type { DeviceStats } from "./stats.ts";
 
@@ -81,7 +81,7 @@ export async function createDevice(
       id: options.id ?? -1,
       queues: options.queues ?? QUEUES_DEFAULT,
       depth: options.depth ?? DEPTH_DEFAULT,
-      ioBytesMax: options.ioBytesMax ?? IO_BYTES_DEFAULT,
+      ioBytesMax: options.ioBytesMax,
       flags: 0n,
       log,
       targetName: "here",

@@ -41,6 +41,8 @@ export const QUEUES_MAX = 4096;
 export const DEPTH_DEFAULT = 128;
 export const DEPTH_MAX = 4096;
 export const IO_BYTES_DEFAULT = 512 * 1024;
+/** Where no tag has a buffer, larger requests cost no memory: what sequential readers like. */
+export const IO_BYTES_DEFAULT_ZERO_COPY = 1024 * 1024;
 /** The driver addresses a request's buffer with 25 bits. */
 export const IO_BYTES_MAX = 32 * 1024 * 1024;
 /** What one ArrayBuffer can show of a queue's buffers. */
@@ -76,8 +78,8 @@ export interface DeviceOptions extends RecoverOptions, DataWish {
   queues: number;
   /** Requests in flight for each queue, 1 to 4096. */
   depth: number;
-  /** Largest READ or WRITE in bytes, a multiple of 4096. */
-  ioBytesMax: number;
+  /** Largest READ or WRITE in bytes, a multiple of 4096. Default: as the data's way suggests. */
+  ioBytesMax?: number | undefined;
   /** UBLK_F_*, those of the data's way aside. */
   flags: bigint;
   /** Told as soon as the device exists in the driver. */
@@ -157,13 +159,15 @@ export class Device {
         throw new UsageError("Queue depth 1: the driver wants 2 or more for batches");
       }
       refuseLackingFeatures(flags & ~control.dialect.flagsMask);
-      toParams(limits, options.ioBytesMax); // Refuse bad limits before there is a device.
+      const ioBytesMax = options.ioBytesMax ??
+        (zeroCopyOf(flags) ? IO_BYTES_DEFAULT_ZERO_COPY : IO_BYTES_DEFAULT);
+      toParams(limits, ioBytesMax); // Refuse bad limits before there is a device.
 
       const info = await control.addDevice({
         id: options.id,
         queues: options.queues,
         depth: options.depth,
-        maxIoBytes: options.ioBytesMax,
+        maxIoBytes: ioBytesMax,
         flags,
         targetFlags: makersMark(process.pid),
         blockSize: limits.blockBytes,
@@ -476,13 +480,14 @@ export function checkOptions(
   within("Device id", options.id, -1, 2 ** 20 - 1);
   within("Number of queues", options.queues, 1, QUEUES_MAX);
   within("Queue depth", options.depth, 1, DEPTH_MAX);
-  within("Largest I/O in bytes", options.ioBytesMax, 4096, IO_BYTES_MAX);
-  if (options.ioBytesMax % 4096) {
-    throw new UsageError(`Largest I/O ${options.ioBytesMax}: it must be a multiple of 4096 bytes`);
+  const { depth, ioBytesMax = IO_BYTES_DEFAULT } = options;
+  within("Largest I/O in bytes", ioBytesMax, 4096, IO_BYTES_MAX);
+  if (ioBytesMax % 4096) {
+    throw new UsageError(`Largest I/O ${ioBytesMax}: it must be a multiple of 4096 bytes`);
   }
-  if (options.depth * options.ioBytesMax > QUEUE_BUFFER_BYTES_MAX) {
+  if (depth * ioBytesMax > QUEUE_BUFFER_BYTES_MAX) {
     throw new UsageError(
-      `Queue depth ${options.depth} with ${options.ioBytesMax} bytes each: the buffers of a ` +
+      `Queue depth ${depth} with ${ioBytesMax} bytes each: the buffers of a ` +
         `queue may take ${QUEUE_BUFFER_BYTES_MAX} bytes; lower one of the two`,
     );
   }

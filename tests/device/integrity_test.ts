@@ -39,6 +39,8 @@ for (const { queues, flags } of cases) {
     const off = flags.includes("--zero-copy=off") ? "off, as asked" : !hasZeroCopy && "off, kernel";
     assert.match(device.stderr, new RegExp(off ? `zero copy: ${off}` : "zero copy( \\(reg\\))?\n"));
     assert.strictEqual(/ SUPPORT_ZERO_COPY /.test(device.stdout), !off, device.stdout);
+    const bytesMax = flags.includes("65536") ? 65536 : off ? 524288 : 1048576;
+    assert.match(device.stdout, new RegExp(`max rq size ${bytesMax} `));
     await verify(scene, device.path, mebibytes);
     await scene.del(device);
   });
