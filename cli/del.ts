@@ -9,7 +9,7 @@ import { type Command, Option } from "commander";
 import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { checkpoint } from "../core/device.ts";
-import { UblkError, UsageError } from "../core/error.ts";
+import { ignoring, UblkError, UsageError } from "../core/error.ts";
 import { readState, removeState } from "../core/state.ts";
 import { deviceUsers } from "../core/users.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
@@ -115,8 +115,13 @@ export async function deleteDevice(
   // DEL_DEV stops too: one that the kernel refuses, because it is lazy, must not have stopped.
   if (!tried && !lazy) await control.stopDevice(id);
   checkpoint("stopped");
-  if (lazy) await control.deleteDeviceLater(id);
-  else await (force ? deleteHeld(control, id) : control.deleteDevice(id));
+  // Its server, or another `ubd del`, may have been faster.
+  const deleting = lazy
+    ? control.deleteDeviceLater(id)
+    : force
+    ? deleteHeld(control, id)
+    : control.deleteDevice(id);
+  await ignoring(["ENODEV"], deleting);
   checkpoint("deleted");
   if (statePid !== undefined) removeState(id, statePid);
   if (lazy) return;

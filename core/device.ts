@@ -28,7 +28,7 @@ import {
 import type { Shim } from "../ffi/mod.ts";
 import { type Control, lackError } from "./control.ts";
 import { chooseDataMode, type DataWish, notesOf, zeroCopyOf } from "./data_mode.ts";
-import { UblkError, UsageError } from "./error.ts";
+import { ignoring, UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
 import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
@@ -450,14 +450,6 @@ function refuseLackingFeatures(lacking: bigint): void {
     throw new UsageError("Who has CAP_SYS_ADMIN gets no unprivileged device: be another user");
   }
   if ([...FEATURE_NAMES.keys()].some((bit) => bit & lacking)) throw lackError(lacking, "ADD_DEV");
-}
-
-async function ignoring(errnos: string[], work: Promise<void>): Promise<void> {
-  try {
-    await work;
-  } catch (error) {
-    if (!(error instanceof UblkError && errnos.includes(error.errno))) throw error;
-  }
 }
 
 function once(work: () => void): () => void {

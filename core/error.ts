@@ -151,3 +151,12 @@ const HINTS: Record<string, Record<string, string>> = {
 function hintFor(operation: string, errno: string): string | undefined {
   return HINTS[operation]?.[errno];
 }
+
+/** Waits for work that may fail with one of these errors. */
+export async function ignoring(errnos: string[], work: Promise<void>): Promise<void> {
+  try {
+    await work;
+  } catch (error) {
+    if (!(error instanceof UblkError && errnos.includes(error.errno))) throw error;
+  }
+}
