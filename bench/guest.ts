@@ -179,8 +179,9 @@ function recipes(plan: Plan, { target, contenders }: Group): Recipe[] {
     plan.programs.includes(program) ? own : [];
   const all: Recipe[] = [
     ubd("ubd", UBD),
-    ubd("ubd, copying", UBD, "--zero-copy=off"),
-    ...(isNull ? [ubd("ubd, zero copy", UBD, "-z"), ubd("ubd on Deno", UBD_ON_DENO)] : []),
+    ...(isNull
+      ? [ubd("ubd, zero copy", UBD, "-z"), ubd("ubd on Deno", UBD_ON_DENO)]
+      : [ubd("ubd, copying", UBD, "--zero-copy=off")]),
     ...has("kublk", [kublk("kublk"), kublk("kublk, zero copy", "--auto_zc")]),
     ...has("rublk", [rublk("rublk"), rublk("rublk, zero copy", "-z")]),
     ...has("qemu-nbd", [{
@@ -271,6 +272,7 @@ function fio(load: Case, path: string, seconds: number, rampSeconds: number): Fi
 
 function measure(plan: Plan, load: Case, device: Device, repeat: number): Measurement {
   const { pid, path, contender } = device;
+  run("sync"); // What the last one left in the page cache is not this one's to write.
   const cpuBefore = pid ? cpuSeconds(pid) : 0;
   const requestsBefore = requests(path);
   const direction = fio(load, path, plan.seconds, plan.rampSeconds);

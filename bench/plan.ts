@@ -226,8 +226,17 @@ export interface Report {
   failures: Failure[];
 }
 
-/** Every repeat starts with another contender, so that none is always first. */
+/**
+ * Every repeat starts with another contender and goes on in other steps: none is always first, and
+ * none always comes after the same one, which may leave it a cold cache or a warm disk.
+ */
 export function inTurn<T>(items: readonly T[], repeat: number): T[] {
-  const start = repeat % items.length;
-  return [...items.slice(start), ...items.slice(0, start)];
+  const count = items.length;
+  const steps = items.map((_, index) => index + 1).filter((step) => divisor(step, count) === 1);
+  const step = steps[repeat % steps.length]!;
+  return items.map((_, index) => items[(repeat + index * step) % count]!);
+}
+
+function divisor(a: number, b: number): number {
+  return b === 0 ? a : divisor(b, a % b);
 }

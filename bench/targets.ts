@@ -45,6 +45,15 @@ const TARGETS: readonly Target[] = [
     atLeast: 1,
   },
   {
+    group: "null",
+    cases: [READ_64],
+    own: "ubd, zero copy",
+    others: ["kublk, zero copy", "rublk, zero copy"],
+    what: "IOPS",
+    of: THROUGHPUT,
+    atLeast: 1,
+  },
+  {
     group: "loop",
     cases: [READ_64, WRITE_64],
     own: "ubd",

@@ -87,13 +87,18 @@ test("drawReport draws a bar for each contender that has a ratio", () => {
   assert.doesNotMatch(drawn, /NaN|undefined|Infinity/);
 });
 
-test("inTurn lets each be the first once", () => {
-  assert.deepEqual([0, 1, 2, 3].map((repeat) => inTurn(["a", "b", "c"], repeat).join("")), [
-    "abc",
-    "bca",
-    "cab",
-    "abc",
-  ]);
+test("inTurn: all in each repeat, another first, and after another one each time", () => {
+  for (const count of [1, 2, 5, 8, 9, 10]) {
+    const items = Array.from({ length: count }, (_, index) => `${index}`);
+    const repeats = items.map((_, repeat) => inTurn(items, repeat));
+    for (const turn of repeats) assert.deepEqual(turn.toSorted(), items);
+    assert.equal(new Set(repeats.map(([first]) => first)).size, count);
+    const pairs = (turn: string[]) => turn.slice(1).map((it, index) => `${turn[index]} ${it}`);
+    if (count >= 9) {
+      const three = repeats.slice(0, 3).flatMap(pairs);
+      assert.equal(new Set(three).size, three.length, `${three}`);
+    }
+  }
 });
 
 test("presets: names of groups are unique, and quick is short", () => {
