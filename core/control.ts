@@ -28,8 +28,11 @@ import {
   FEATURE_KERNEL,
   FEATURE_NAMES,
   UBLK_F_UNPRIVILEGED_DEV,
+  UBLK_F_USER_RECOVERY,
   UBLK_PARAMS,
   UBLK_S_DEV_DEAD,
+  UBLK_S_DEV_FAIL_IO,
+  UBLK_S_DEV_QUIESCED,
 } from "../abi/ublk_cmd.ts";
 import { pack, unpack, type Unpacked, type Values } from "../abi/struct.ts";
 import { PAYLOAD_BYTES, PAYLOAD_COUNT, Shim } from "../ffi/mod.ts";
@@ -188,18 +191,24 @@ export class Control implements Disposable {
    * Makes a device ready for a new server. The old one must have let go: the driver answers EBUSY
    * while its last reference to /dev/ublkcN lives, so this asks again for a while.
    *
+   * @returns anew: false if a server that has died began it, and this driver does not begin again.
    * @throws {UblkError} EINVAL: it was not added for recovery, or has been stopped.
    */
-  async startUserRecovery(deviceId: number): Promise<void> {
+  async startUserRecovery(deviceId: number): Promise<{ anew: boolean }> {
     const deadline = performance.now() + RECOVERY_DEADLINE_MS;
     for (;;) {
       const result = await this.#run("START_USER_RECOVERY", { deviceId });
-      if (result === 0) return;
-      if (result !== -ERRNO.EBUSY || performance.now() > deadline) {
-        throw UblkError.from(result, "START_USER_RECOVERY", { device: deviceId });
-      }
+      if (result === 0) return { anew: true };
+      const refused = UblkError.from(result, "START_USER_RECOVERY", { device: deviceId });
+      if (result !== -ERRNO.EBUSY && result !== -ERRNO.EINVAL) throw refused;
+      const { flags, state } = await this.getDeviceInfo(deviceId);
+      const recoverable = (flags & UBLK_F_USER_RECOVERY) !== 0n &&
+        (state === UBLK_S_DEV_QUIESCED || state === UBLK_S_DEV_FAIL_IO);
+      // As drivers do (Linux 6.12) while no queue has fetched since the last time.
+      if (result === -ERRNO.EINVAL && recoverable) return { anew: false };
+      if (result === -ERRNO.EINVAL || performance.now() > deadline) throw refused;
       // To the driver, a stopped device is as busy as one whose server still lives.
-      if ((await this.getDeviceInfo(deviceId)).state === UBLK_S_DEV_DEAD) {
+      if (state === UBLK_S_DEV_DEAD) {
         const hint = "it has been stopped, and can only be deleted: ubd del -n ID";
         const errno = "EINVAL";
         throw new UblkError({ errno, operation: "START_USER_RECOVERY", device: deviceId, hint });

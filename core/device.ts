@@ -201,7 +201,7 @@ export class Device {
   static recover(control: Control, id: number, options: TakeOverOptions): Promise<Device> {
     return unwinding(options.log, async (undo) => {
       undo.push(() => options.target.close());
-      await control.startUserRecovery(id);
+      const { anew } = await control.startUserRecovery(id);
       options.confirm?.();
       checkpoint("recovery started");
       const info = await control.getDeviceInfo(id);
@@ -221,7 +221,13 @@ export class Device {
         );
       }
       const notes = notesOf(info.flags, offer);
-      const queues = await attach(control, info, options, undo);
+      const queues = await attach(control, info, options, undo).catch((error) => {
+        if (anew || (error as UblkError).errno !== "EINVAL") throw error;
+        // The driver knows the address space of the server that died, and lets no other in.
+        const hint = "a server died while it took the device over, and this kernel lets no other " +
+          "begin: ubd del --force -n ID";
+        throw new UblkError({ errno: "EINVAL", operation: "recover", device: id, hint });
+      });
       await queues.during("END_USER_RECOVERY", control.endUserRecovery(id, process.pid));
       checkpoint("recovered");
       return await Device.#live(control, id, queues, notes, options);

@@ -9,6 +9,7 @@ import {
   type Added,
   deviceTest,
   gone,
+  KERNEL,
   killServer,
   scaled,
   type Scene,
@@ -252,13 +253,13 @@ const KILLS: [string, string, string[][]][] = [
   ["upgrade", "recovery started", [["upgrade"]]],
   ["upgrade", "queues started", [["recover"]]],
   ["upgrade", "recovered", [["recover"]]],
+  ["recover", "recovery started", [["recover"]]],
   ["del", "stopped", [["del"]]],
   ["del", "deleted", []],
 ];
 const MORE_KILLS: typeof KILLS = [
   ["add", "added", [["gc"]]],
   ["add", "started", [["gc", "--force"]]],
-  ["recover", "recovery started", [["recover"]]],
   ["recover", "queues started", [["recover"]]],
   ["recover", "recovered", [["recover"]]],
 ];
@@ -300,8 +301,17 @@ deviceTest("a command that is killed at any step leaves what the next one mends"
       await isIn(scene, device, "QUIESCED");
     }
     await dies(verb, step, n);
-    for (const words of mend) await succeeds(scene, ...words, n);
-    if (verb === "del") {
+    let deleted = verb === "del";
+    for (const words of mend) {
+      const { code, stderr } = await scene.ubd(...words, n);
+      if (code === 0) continue;
+      // The driver of 6.12 knows the dead server by its memory, and waits for it alone.
+      assert.ok(KERNEL === "6.12" && step === "queues started", `${verb}, ${step}: ${stderr}`);
+      assert.match(stderr, /this kernel lets no other begin: ubd del --force -n ID/);
+      await succeeds(scene, "del", "--force", n);
+      deleted = true;
+    }
+    if (deleted) {
       scene.forget(device);
       await gone(device);
       device = undefined;
