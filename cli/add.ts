@@ -16,9 +16,11 @@ import {
 } from "../core/device.ts";
 import { describeOptions } from "../core/define_target.ts";
 import { UblkError, UsageError } from "../core/error.ts";
+import { becomeFlusher } from "../core/isolation.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { readState } from "../core/state.ts";
 import { charDeviceOpeners } from "../core/users.ts";
+import { Shim } from "../ffi/mod.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
 import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
@@ -303,6 +305,7 @@ async function add(
 ): Promise<void> {
   const spec = toSpec(target, files, options);
   if (options.foreground) {
+    becomeFlusher(new Shim());
     const log = (text: string) => process.stderr.write(`ubd: ${text}\n`);
     let shown: Promise<void> | undefined;
     const onLive = (live: Live) => {

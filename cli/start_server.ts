@@ -21,7 +21,7 @@ import { Control } from "../core/control.ts";
 import type { DataWish } from "../core/data_mode.ts";
 import type { DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
-import { inPrivateMounts, mountNamespace } from "../core/isolation.ts";
+import { asFlusher, inPrivateMounts, mountNamespace } from "../core/isolation.ts";
 import { rerunArguments, restfulEnvironment, Shim } from "../ffi/mod.ts";
 import { EXIT, type Failure } from "./exit.ts";
 
@@ -141,7 +141,7 @@ export async function spawnServer(
     });
   // A supervisor serves nothing, so nothing waits for it; the servers it starts need to find
   // their files, and a copy of the mounts would keep what others have unmounted.
-  const child = isSupervisor(spec) ? start() : inPrivateMounts(shim, start);
+  const child = isSupervisor(spec) ? start() : asFlusher(shim, () => inPrivateMounts(shim, start));
   let interrupted = false;
   const interrupt = () => {
     interrupted = true;

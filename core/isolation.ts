@@ -9,7 +9,8 @@
  *   (`detachMounts`): whoever unmounts them finds them gone. A target of somebody's own may open
  *   files at any time, so it keeps them.
  * - Memory. Looking for free memory, the kernel may write to the device; the server must not be
- *   the one who waits for that (`harden`, and PR_SET_IO_FLUSHER in each queue thread).
+ *   the one who waits for that: not in a queue's thread, nor in one of the runtime's, for which
+ *   the collector of garbage waits (`asFlusher`, `becomeFlusher`, `harden`).
  * @module
  */
 
@@ -40,6 +41,32 @@ export function inPrivateMounts<T>(shim: Shim, start: () => T): T {
   } finally {
     shim.native.ubd_rejoin_mounts(left);
   }
+}
+
+/**
+ * Runs `start`, which starts a process, so that all threads of the process are I/O flushers from
+ * their birth. Where that is not permitted, they are not.
+ */
+export function asFlusher<T>(shim: Shim, start: () => T): T {
+  const before = shim.native.ubd_io_flusher(1);
+  try {
+    return start();
+  } finally {
+    if (before === 0) shim.native.ubd_io_flusher(0);
+  }
+}
+
+/**
+ * For a process that is to serve but was not started with `asFlusher`: starts it anew, in its
+ * place, as one that was. Returns where that is not permitted, or was done.
+ */
+export function becomeFlusher(shim: Shim): void {
+  if (shim.native.ubd_io_flusher(1) !== 0) return;
+  const [words, settings] = ["cmdline", "environ"].map((name) =>
+    readFileSync(`/proc/self/${name}`)
+  );
+  shim.native.ubd_close_on_exec();
+  shim.native.ubd_restart(words!, words!.length, settings!, settings!.length);
 }
 
 /** Where a running server still opens files: all else it has open, mapped or loaded. */
@@ -80,7 +107,7 @@ export function harden(shim: Shim, { lockMemory }: { lockMemory: boolean }): voi
   try {
     writeFileSync("/proc/self/oom_score_adj", "-1000");
   } catch { /* lowering it takes CAP_SYS_RESOURCE */ }
-  shim.native.ubd_io_flusher(); // So that threads started from here on inherit it.
+  shim.native.ubd_io_flusher(1); // So that threads started from here on inherit it.
   if (!lockMemory) return;
   if (!canLockMemory) {
     const hint = `${runtime} cannot run in locked memory; use the executable or Bun`;

@@ -279,7 +279,7 @@ export async function runQueueThread(
 
   async function serveQueue(served: ServedTarget, config: Assignment): Promise<void> {
     const shim = new Shim(shimPath);
-    shim.native.ubd_io_flusher(); // Hardening: who may not, serves without it (core/isolation.ts).
+    shim.native.ubd_io_flusher(1); // Hardening: who may not, serves without it (core/isolation.ts).
     using queue = new Queue(shim, config, stats);
     const handler = served.handler(serveContext(config, log));
     const woken = () => {

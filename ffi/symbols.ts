@@ -47,7 +47,8 @@ export const SYMBOLS = {
   ubd_leave_mounts: { args: ["buffer"], result: "i32" },
   ubd_rejoin_mounts: { args: ["buffer"], result: "i32" },
   ubd_detach_mount: { args: ["buffer"], result: "i32" },
-  ubd_io_flusher: { args: [], result: "i32" },
+  ubd_io_flusher: { args: ["i32"], result: "i32" },
+  ubd_restart: { args: ["buffer", "u32", "buffer", "u32"], result: "i32" },
   ubd_lock_memory: { args: [], result: "i32" },
   ubd_mknod: { args: ["buffer", "u32", "u32", "u32"], result: "i32" },
 } as const satisfies Record<string, NativeFunction>;

@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 6;
+const shim_version = 7;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -312,11 +312,47 @@ export fn ubd_detach_mount(path: ?[*:0]const u8) i32 {
     return sys.call(.umount2, .{ @intFromPtr(checked), detach, 0, 0, 0, 0 });
 }
 
-/// Tells the kernel that the calling thread, and those it starts, serve I/O: memory they ask for
-/// must not be found by writing to the very device they serve.
-export fn ubd_io_flusher() i32 {
+/// Tells the kernel whether the calling thread serves I/O: memory it asks for must not be found by
+/// writing to the very device it serves. Threads and processes that it starts inherit that.
+/// Returns what it was before, or -errno.
+export fn ubd_io_flusher(on: i32) i32 {
     const pr_set_io_flusher = 57;
-    return sys.call(.prctl, .{ pr_set_io_flusher, 1, 0, 0, 0, 0 });
+    const pr_get_io_flusher = 58;
+    const before = sys.call(.prctl, .{ pr_get_io_flusher, 0, 0, 0, 0, 0 });
+    if (before < 0) return before;
+    const result = sys.call(.prctl, .{ pr_set_io_flusher, @intFromBool(on != 0), 0, 0, 0, 0 });
+    return if (result < 0) result else before;
+}
+
+/// execve(2) of this process's own program. Each string, of arguments and environment, ends with
+/// NUL, as /proc/self has them. Returns -errno, or not at all.
+export fn ubd_restart(arguments: ?[*]const u8, arguments_bytes: u32, environment: ?[*]const u8, environment_bytes: u32) i32 {
+    const words = (arguments orelse return -sys.EINVAL)[0..arguments_bytes];
+    const settings = (environment orelse return -sys.EINVAL)[0..environment_bytes];
+    const room = std.mem.count(u8, words, "\x00") + std.mem.count(u8, settings, "\x00") + 2;
+    const memory = sys.mapMemory(room * @sizeOf(usize)) catch return -sys.ENOMEM;
+    const pointers = @as([*]usize, @ptrFromInt(memory))[0..room];
+    const argv = point(words, pointers);
+    const envp = point(settings, pointers[argv..]);
+    std.debug.assert(argv + envp == room);
+    const path: [*:0]const u8 = "/proc/self/exe";
+    const result = sys.call(.execve, .{ @intFromPtr(path), memory, memory + argv * @sizeOf(usize), 0, 0, 0 });
+    sys.unmap(memory, room * @sizeOf(usize));
+    return result;
+}
+
+/// Points to each string, and to nothing after the last; returns how many pointers that took.
+fn point(strings: []const u8, pointers: []usize) usize {
+    var count: usize = 0;
+    var start: usize = 0;
+    for (strings, 0..) |byte, at| {
+        if (byte != 0) continue;
+        pointers[count] = @intFromPtr(strings.ptr) + start;
+        count += 1;
+        start = at + 1;
+    }
+    pointers[count] = 0;
+    return count + 1;
 }
 
 /// mlockall(2) of all pages that are or will be touched. Not of those that are only mapped: a

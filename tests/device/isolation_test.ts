@@ -21,10 +21,15 @@ import {
 const statusOf = (pid: number, key: string) =>
   new RegExp(`^${key}:\\s+(.*)$`, "m").exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1];
 
-/** Flags of a thread, behind its name, which may hold spaces. */
-function threadFlags(pid: number, tid: number | string): number {
-  const fields = readFileSync(`/proc/${pid}/task/${tid}/stat`, "utf8").split(") ").pop()!;
-  return Number(fields.split(" ")[6]);
+/** Flags of a process's threads, by their ids. */
+async function threadFlags(scene: Scene, pid: number): Promise<Map<string, number>> {
+  const { stdout } = await scene.run(["bash", "-c", `cat /proc/${pid}/task/*/stat`]);
+  return new Map(
+    stdout.trimEnd().split("\n").map((stat) => {
+      const fields = stat.split(") ").pop()!; // Before it is the name, which may hold spaces.
+      return [stat.split(" ")[0]!, Number(fields.split(" ")[6])];
+    }),
+  );
 }
 
 const PF_MEMALLOC_NOIO = 0x80000;
@@ -48,7 +53,10 @@ deviceTest("the server has its own mounts, and no other's; its threads flush I/O
 
   const tids = [...device.stdout.matchAll(/queue \d+: tid (\d+) /g)].map(([, tid]) => tid!);
   assert.equal(tids.length, 2);
-  for (const tid of tids) assert.ok(threadFlags(pid, tid) & PF_MEMALLOC_NOIO, `thread ${tid}`);
+  const threads = await threadFlags(scene, pid);
+  assert.ok(tids.every((tid) => threads.has(tid)));
+  // The runtime's too: the collector of garbage has all of them wait for each other.
+  for (const [tid, flags] of threads) assert.ok(flags & PF_MEMALLOC_NOIO, `thread ${tid}`);
   assert.equal(readFileSync(`/proc/${pid}/oom_score_adj`, "utf8").trim(), "-1000");
   assert.equal(statusOf(pid, "Umask"), "0077");
   assert.equal(readlinkSync(`/proc/${pid}/cwd`), "/");
@@ -56,6 +64,21 @@ deviceTest("the server has its own mounts, and no other's; its threads flush I/O
   await scene.sh(`head -c 1M /dev/urandom > data; dd status=none if=data of=${device.path} \
     bs=64k oflag=direct; cmp -n 1M data ${device.path}`);
   await scene.del(device);
+});
+
+deviceTest("a server in the foreground, too, is an I/O flusher with all its threads", {
+  anyKernel: true,
+  everywhere: "deno",
+}, async (scene) => {
+  const job = scene.start(["ubd", "add", "null", "--foreground"]);
+  assert.ok(await until(() => / is live: /.test(job.output()), 60_000), job.output());
+  const device = scene.adopt(job.output());
+  const threads = await threadFlags(scene, device.pid);
+  assert.ok(threads.size > 1);
+  for (const [tid, flags] of threads) assert.ok(flags & PF_MEMALLOC_NOIO, `thread ${tid}`);
+  job.kill("SIGINT");
+  assert.equal((await job.ended).code, 0);
+  scene.forget(device);
 });
 
 deviceTest("a server with --mlock keeps its memory locked, and serves", {

@@ -346,12 +346,18 @@ test("ubd_gettid names this thread", () => {
 });
 
 test("ubd_io_flusher marks this thread, where that is permitted", () => {
-  const result = native.ubd_io_flusher();
+  // PF_MEMALLOC_NOIO, in the flags behind the name, which may hold spaces.
+  const isMarked = () => {
+    const flags = readFileSync("/proc/thread-self/stat", "utf8").split(") ").pop()!.split(" ")[6];
+    return (Number(flags) & 0x80000) !== 0;
+  };
+  const result = native.ubd_io_flusher(1);
   const { EPERM } = ERRNO;
   assert.ok(result === 0 || result === -EPERM, `${result}`);
-  // PF_MEMALLOC_NOIO, in the flags behind the name, which may hold spaces.
-  const flags = readFileSync("/proc/thread-self/stat", "utf8").split(") ").pop()!.split(" ")[6];
-  assert.strictEqual((Number(flags) & 0x80000) !== 0, result === 0);
+  assert.strictEqual(isMarked(), result === 0);
+  if (result < 0) return;
+  assert.strictEqual(native.ubd_io_flusher(0), 1);
+  assert.strictEqual(isMarked(), false);
 });
 
 test("queues and control rings leave no descriptor behind, refused ones included", () => {
