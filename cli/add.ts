@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /** `ubd add`: makes a device from a target and serves it. @module */
 
+import { existsSync } from "node:fs";
 import { resolve } from "node:path";
 import process from "node:process";
 import { isDeepStrictEqual } from "node:util";
@@ -23,7 +24,7 @@ import { charDeviceOpeners } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
-import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
+import { hasCode, isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
 import { describeDevice, dumpDevice, isNoneOfOurs } from "./describe.ts";
 import { serve } from "./server.ts";
@@ -359,6 +360,9 @@ export function toSpec(
   const name = isHttp ? "http" : named;
   if (name === undefined) {
     throw new UsageError(`Which target? ubd add ${TARGET_NAMES.join(" ... or ubd add ")} ...`);
+  }
+  if (!TARGET_NAMES.includes(name) && !hasCode(name) && existsSync(name)) {
+    throw new UsageError(`"${name}" is neither target nor module: ubd add loop ${name}`);
   }
   const defined = isModule(name) || isDefined(name);
   if (!defined) findTarget(name);

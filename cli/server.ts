@@ -5,6 +5,7 @@
  * @module
  */
 
+import { existsSync, statSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import {
@@ -15,6 +16,7 @@ import {
   UBLK_F_USER_RECOVERY,
   UBLK_F_USER_RECOVERY_FAIL_IO,
   UBLK_F_USER_RECOVERY_REISSUE,
+  UBLK_S_DEV_DEAD,
 } from "../abi/ublk_cmd.ts";
 import { Control, lackError } from "../core/control.ts";
 import { Device } from "../core/device.ts";
@@ -29,6 +31,7 @@ import { Shim } from "../ffi/mod.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import type { ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
+import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { EXIT, toFailure } from "./exit.ts";
 import {
   type Answer,
@@ -183,6 +186,7 @@ async function openTarget(
     const facts = { ...(file && { module: file }), ...given } as OpenTarget["facts"];
     return await openInThread(queueThreadEntry, { name, spec: options }, facts, shim, log);
   }
+  if (spec.recover === undefined) await refuseAwaited(control, spec);
   const options = spec.recover === undefined ? spec.target.options : {
     ...spec.target.options,
     sizeBytes: Number((await control.getParams(spec.recover)).basic.dev_sectors) * SECTOR_BYTES,
@@ -194,10 +198,65 @@ async function openTarget(
       return findTarget(name).open(options, context);
     } catch (error) {
       const busy = error instanceof UblkError && error.errno === "EBUSY";
-      if (!busy || performance.now() > deadline) throw error;
+      if (!busy) throw error;
+      if (performance.now() > deadline) throw (await hasServer(control, spec.recover)) ?? error;
       await sleep(100);
     }
   }
+}
+
+/** What to say when the files of a device that is to be recovered stay locked: mostly this. */
+async function hasServer(control: Control, id?: number): Promise<UblkError | undefined> {
+  if (id === undefined) return undefined;
+  const { pid } = await control.getDeviceInfo(id);
+  if (pid <= 0 || !existsSync(`/proc/${pid}`)) return undefined;
+  const hint = `its server, process ${pid}, is alive; ubd upgrade -n ID replaces it by another`;
+  return new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
+}
+
+/**
+ * A device that waits for its next server keeps no lock on its files, and yet may be mounted: who
+ * served them a second time would write behind its back.
+ *
+ * @throws {UblkError} EBUSY: such a device has one of these files.
+ */
+async function refuseAwaited(control: Control, spec: ServerSpec): Promise<void> {
+  if (spec.target.options.force) return;
+  const files = filesOf(spec);
+  if (files.length === 0) return;
+  for (const id of deviceIds(control)) {
+    const other = readState(id)?.spec as ServerSpec | undefined;
+    if (!other?.recovery || (spec.target.options.readOnly && other.target.options.readOnly)) {
+      continue;
+    }
+    const shared = filesOf(other).find(({ key }) => files.some((file) => file.key === key));
+    if (!shared || !(await mayBeRecovered(control, id))) continue;
+    throw new UblkError({
+      errno: "EBUSY",
+      operation: `serve ${shared.path}`,
+      hint: `device ${id} has it, also while it waits for a server: ubd recover -n ${id}, or ` +
+        `ubd del -n ${id}; add --force if you are sure`,
+    });
+  }
+}
+
+async function mayBeRecovered(control: Control, id: number): Promise<boolean> {
+  try {
+    return (await control.getDeviceInfo(id)).state !== UBLK_S_DEV_DEAD;
+  } catch (error) {
+    if (isNoneOfOurs(error)) return false;
+    throw error;
+  }
+}
+
+/** What a built-in target has its data in. */
+function filesOf({ target: { name, options } }: ServerSpec): { path: string; key: string }[] {
+  if (isDefined(name)) return [];
+  const { file, files = [] } = options as { file?: string; files?: string[] };
+  return [...(file === undefined ? [] : [file]), ...files].flatMap((path) => {
+    const stats = statSync(path, { throwIfNoEntry: false });
+    return stats ? [{ path, key: `${stats.dev}:${stats.ino}` }] : [];
+  });
 }
 
 /** The hidden verb's whole program. */

@@ -30,7 +30,12 @@ export function isUrl(name: string): boolean {
 
 /** Whether a target's name is a module's path: `./x.ts`, `/x/y`, `x.js`. */
 export function isModule(name: string): boolean {
-  return name.includes("/") && !isUrl(name) || /\.[cm]?[jt]sx?$/.test(name);
+  return name.includes("/") && !isUrl(name) || hasCode(name);
+}
+
+/** Whether a file of this name holds JavaScript or TypeScript. */
+export function hasCode(name: string): boolean {
+  return /\.[cm]?[jt]sx?$/.test(name);
 }
 
 /** @throws {UsageError} the module cannot be loaded, or exports no target. */

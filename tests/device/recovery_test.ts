@@ -197,11 +197,35 @@ for (const [mode, state] of [["wait", "QUIESCED"], ["fail", "FAIL_IO"]] as const
   );
 }
 
+deviceTest("the file of a device that waits for a server is spoken for", {
+  anyKernel: true,
+}, async (scene) => {
+  const image = scene.image("disk", 16 << 20);
+  const device = await scene.add("loop", image, "--recovery");
+  await kill(scene, device, "state QUIESCED");
+  await scene.sh("ln disk other-name");
+  for (const words of [["loop", image], ["concat", scene.image("first", 1 << 20), "other-name"]]) {
+    const { code, stderr } = await scene.ubd("add", ...words);
+    assert.equal(code, 4, stderr);
+    assert.match(stderr, /^ubd: Cannot serve \S+\/disk: EBUSY, .*\(device \d+ has it, also while/);
+  }
+  const forced = await scene.add("loop", image, "--ro", "--force");
+  await scene.del(forced);
+  const recovered = await recover(scene, device);
+  await scene.del(recovered);
+  await scene.del(await scene.add("loop", image));
+});
+
 deviceTest("recover refuses what it cannot recover", {}, async (scene) => {
   const device = await scene.add("null");
   const alive = await scene.ubd("recover", `${device.id}`);
   assert.notEqual(alive.code, 0);
   assert.match(alive.stderr, /START_USER_RECOVERY on device \d+: E(INVAL|BUSY)/);
+  const file = await scene.add("loop", scene.image("disk", 1 << 20), "--recovery");
+  const locked = await scene.ubd("recover", `${file.id}`);
+  assert.equal(locked.code, 4);
+  assert.match(locked.stderr, new RegExp(`process ${file.pid}, is alive; ubd upgrade`));
+  await scene.del(file);
   assert.equal((await scene.ubd("recover", "999")).code, 3);
   assert.equal((await scene.ubd("recover")).code, 2);
   await scene.del(device);

@@ -183,6 +183,7 @@ test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT,
   );
   mistake(["add", "concat", "/a", "-o", "1"], "Target concat takes no -o: that is for loop");
   mistake(["add", "stripe"], "Which file? ubd add stripe FILE");
+  mistake(["add", "/dev/zero"], '"/dev/zero" is neither target nor module: ubd add loop /dev/zero');
   mistake(["add", "loop", "/a", "-o", "-1"], "Offset -512: it must not be negative");
   mistake(["add", "loop", "/a", "-o", "1", "--offset", "1s"], /cannot be used with/);
 });
