@@ -25,7 +25,9 @@ async function makeBacking(scene: Scene): Promise<{ point: string; disk: string 
 }
 
 for (const mode of ["direct", "buffered"]) {
-  deviceTest(`FLUSH and FUA are durable with ${mode} I/O`, {}, async (scene) => {
+  deviceTest(`FLUSH and FUA are durable with ${mode} I/O`, {
+    anyKernel: mode === "buffered",
+  }, async (scene) => {
     // Nothing may reach the disk just because it is old.
     const expire = await scene.sh("cat /proc/sys/vm/dirty_expire_centisecs");
     scene.finally(() => scene.sh(`echo ${expire} > /proc/sys/vm/dirty_expire_centisecs`));

@@ -136,6 +136,7 @@ deviceTest("DISCARD frees blocks, WRITE_ZEROES keeps them when told, both read z
 
 deviceTest("zeroing works where the file system can not, and DISCARD is not offered then", {
   limitS: 240,
+  anyKernel: true,
 }, async (scene) => {
   // tmpfs punches holes but zeroes no ranges; vfat does neither.
   const fat = scene.image("fat.back", 24 << 20);

@@ -68,6 +68,7 @@ deviceTest("del under load ends the I/O, the device and its server", {
 });
 
 deviceTest("SIGTERM to the server under load ends the I/O and deletes the device", {
+  anyKernel: true,
   limitS: scaled(180, 900),
 }, async (scene) => {
   await inPairs(scaled(2, 10), async (round) => {

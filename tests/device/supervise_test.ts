@@ -43,6 +43,7 @@ async function isReplaced(scene: Scene, device: Added, pid: number): Promise<num
 
 deviceTest("a supervised server that is killed is replaced; I/O only waits", {
   limitS: 240,
+  anyKernel: true,
 }, async (scene) => {
   const device = await scene.add("loop", scene.image("disk", 16 << 20), "--supervise");
   const fio = startVerifier(scene, device, 16);
