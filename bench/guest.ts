@@ -463,7 +463,7 @@ async function measureStarts(plan: Plan, report: Report): Promise<void> {
   ];
   // A round before the first that counts fills the page cache with the programs.
   for (let repeat = plan.starts > 1 ? -1 : 0; repeat < plan.starts; repeat++) {
-    for (const { name, command, paths } of inTurn([...parts, ...adds], repeat)) {
+    for (const { name, command, paths } of inTurn([...parts, ...adds], Math.max(0, repeat))) {
       say(`start: ${name}`);
       try {
         const steps = await timeline(command, paths);
