@@ -16,7 +16,7 @@
 
 import { readFileSync, readlinkSync, writeFileSync } from "node:fs";
 import process from "node:process";
-import { canLockMemory, runtime, type Shim } from "../ffi/mod.ts";
+import { canLockMemory, restfulEnvironment, runtime, type Shim } from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
 
 /** Names this thread's mount namespace; the main thread's children are born in it. */
@@ -58,15 +58,23 @@ export function asFlusher<T>(shim: Shim, start: () => T): T {
 
 /**
  * For a process that is to serve but was not started with `asFlusher`: starts it anew, in its
- * place, as one that was. Returns where that is not permitted, or was done.
+ * place, as one that was. Of the descriptors that it inherited only the first three stay: Bun leaves
+ * no others to what it executes. Returns where that is not permitted, or was done.
+ *
+ * @throws {UblkError} its program is no longer where it was.
  */
 export function becomeFlusher(shim: Shim): void {
   if (shim.native.ubd_io_flusher(1) !== 0) return;
-  const [words, settings] = ["cmdline", "environ"].map((name) =>
-    readFileSync(`/proc/self/${name}`)
-  );
-  shim.native.ubd_close_on_exec();
-  shim.native.ubd_restart(words!, words!.length, settings!, settings!.length);
+  const bytes = (text: string) => new TextEncoder().encode(`${text}\0`);
+  const words = readFileSync("/proc/self/cmdline");
+  const settings = Object.entries({ ...process.env, ...restfulEnvironment })
+    .map(([name, value]) => `${name}=${value}`);
+  const environment = bytes(settings.join("\0"));
+  const program = bytes(process.execPath);
+  const { ubd_close_on_exec, ubd_execute } = shim.native;
+  ubd_close_on_exec();
+  const result = ubd_execute(program, words, words.length, environment, environment.length);
+  throw UblkError.from(result, `start ${process.execPath}`);
 }
 
 /** Where a running server still opens files: all else it has open, mapped or loaded. */

@@ -48,7 +48,7 @@ export const SYMBOLS = {
   ubd_rejoin_mounts: { args: ["buffer"], result: "i32" },
   ubd_detach_mount: { args: ["buffer"], result: "i32" },
   ubd_io_flusher: { args: ["i32"], result: "i32" },
-  ubd_restart: { args: ["buffer", "u32", "buffer", "u32"], result: "i32" },
+  ubd_execute: { args: ["buffer", "buffer", "u32", "buffer", "u32"], result: "i32" },
   ubd_lock_memory: { args: [], result: "i32" },
   ubd_mknod: { args: ["buffer", "u32", "u32", "u32"], result: "i32" },
 } as const satisfies Record<string, NativeFunction>;

@@ -324,9 +324,10 @@ export fn ubd_io_flusher(on: i32) i32 {
     return if (result < 0) result else before;
 }
 
-/// execve(2) of this process's own program. Each string, of arguments and environment, ends with
-/// NUL, as /proc/self has them. Returns -errno, or not at all.
-export fn ubd_restart(arguments: ?[*]const u8, arguments_bytes: u32, environment: ?[*]const u8, environment_bytes: u32) i32 {
+/// execve(2). Each string, of arguments and environment, ends with NUL, as /proc/self has them.
+/// Returns -errno, or not at all.
+export fn ubd_execute(path: ?[*:0]const u8, arguments: ?[*]const u8, arguments_bytes: u32, environment: ?[*]const u8, environment_bytes: u32) i32 {
+    const program = path orelse return -sys.EINVAL;
     const words = (arguments orelse return -sys.EINVAL)[0..arguments_bytes];
     const settings = (environment orelse return -sys.EINVAL)[0..environment_bytes];
     const room = std.mem.count(u8, words, "\x00") + std.mem.count(u8, settings, "\x00") + 2;
@@ -335,8 +336,7 @@ export fn ubd_restart(arguments: ?[*]const u8, arguments_bytes: u32, environment
     const argv = point(words, pointers);
     const envp = point(settings, pointers[argv..]);
     std.debug.assert(argv + envp == room);
-    const path: [*:0]const u8 = "/proc/self/exe";
-    const result = sys.call(.execve, .{ @intFromPtr(path), memory, memory + argv * @sizeOf(usize), 0, 0, 0 });
+    const result = sys.call(.execve, .{ @intFromPtr(program), memory, memory + argv * @sizeOf(usize), 0, 0, 0 });
     sys.unmap(memory, room * @sizeOf(usize));
     return result;
 }

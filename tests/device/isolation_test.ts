@@ -73,6 +73,7 @@ deviceTest("a server in the foreground, too, is an I/O flusher with all its thre
   const job = scene.start(["ubd", "add", "null", "--foreground"]);
   assert.ok(await until(() => / is live: /.test(job.output()), 60_000), job.output());
   const device = scene.adopt(job.output());
+  assert.notEqual(readFileSync(`/proc/${device.pid}/comm`, "utf8").trim(), "exe");
   const threads = await threadFlags(scene, device.pid);
   assert.ok(threads.size > 1);
   for (const [tid, flags] of threads) assert.ok(flags & PF_MEMALLOC_NOIO, `thread ${tid}`);
