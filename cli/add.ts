@@ -392,6 +392,9 @@ export function toSpec(
   if (options.watch && (!isModule(name) || options.supervise)) {
     throw new UsageError("--watch is for a module such as ./x.ts, and without --supervise");
   }
+  if (options.watch && device.batch) {
+    throw new UsageError("--watch is without --batch: the driver fails requests in an upgrade");
+  }
   const lasting = {
     ...toRecovery(options),
     ...(options.rootStorage && { rootStorage: true }),

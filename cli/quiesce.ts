@@ -4,6 +4,7 @@
 import process from "node:process";
 import type { Command } from "commander";
 import {
+  UBLK_F_BATCH_IO,
   UBLK_F_QUIESCE,
   UBLK_F_USER_RECOVERY,
   UBLK_F_USER_RECOVERY_FAIL_IO,
@@ -86,12 +87,18 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
 async function refuseUnquiescible(control: Control, id: number): Promise<bigint> {
   const { flags, pid } = await control.getDeviceInfo(id);
   const recoverable = (flags & UBLK_F_USER_RECOVERY) !== 0n;
+  const reissued = (flags & UBLK_F_USER_RECOVERY_REISSUE) !== 0n;
+  const instead = reissued
+    ? `; kill -9 ${pid}, then ubd recover -n ${id}: with recovery=reissue no I/O fails`
+    : "";
   if (recoverable && ((control.features ?? 0n) & UBLK_F_QUIESCE) === 0n) {
     const { details } = lackError(UBLK_F_QUIESCE, "QUIESCE_DEV", id);
-    const reissued = (flags & UBLK_F_USER_RECOVERY_REISSUE) !== 0n;
-    const instead =
-      `; kill -9 ${pid}, then ubd recover -n ${id}: with recovery=reissue no I/O fails`;
-    throw new UblkError({ ...details, hint: `${details.hint}${reissued ? instead : ""}` });
+    throw new UblkError({ ...details, hint: `${details.hint}${instead}` });
+  }
+  // As of Linux 7.2: what cancels FETCH_IO_CMDS sets what fails requests before the device is gone.
+  if (recoverable && (flags & UBLK_F_BATCH_IO) !== 0n) {
+    const hint = `with --batch, the driver fails requests that come meanwhile${instead}`;
+    throw new UblkError({ errno: "EOPNOTSUPP", operation: "QUIESCE_DEV", device: id, hint });
   }
   if (recoverable && (flags & UBLK_F_QUIESCE) !== 0n) return flags;
   throw new UblkError({

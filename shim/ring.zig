@@ -286,8 +286,9 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     }
     // It is rung for each completion, also for those that this very step looks for.
     if (!wait) ringEventfd(&queue.ring, false);
-    // The completion of a batch of commits is there at once, and nothing to wait for.
-    const commits = inBatches(queue) and batch.close(queue);
+    // The completion of a batch of commits is there at once, and nothing to wait for, unless it is
+    // the last: no request comes after the end.
+    const commits = inBatches(queue) and batch.close(queue) and queue.batch.ended == 0;
     const entered = enter(queue, if (!wait) 0 else if (commits) 2 else 1);
     if (entered < 0) return entered;
     const events = collect(queue);

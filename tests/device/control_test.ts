@@ -121,6 +121,13 @@ deviceTest("what was added without recovery can be neither quiesced nor upgraded
     assert.equal(code, 1);
     assert.match(stderr, /added without --recovery/);
   }
+  if (KERNEL === "newest") {
+    const batches = await scene.add("null", "--recovery", "--batch");
+    const { code, stderr } = await scene.ubd("upgrade", `${batches.id}`);
+    assert.equal(code, 1);
+    assert.match(stderr, new RegExp(`the driver fails requests .*; kill -9 ${batches.pid}, then`));
+    await scene.del(batches);
+  }
   await isIn(scene, device, "state LIVE");
   await scene.del(device);
 });
