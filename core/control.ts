@@ -191,7 +191,8 @@ export class Control implements Disposable {
    * Makes a device ready for a new server. The old one must have let go: the driver answers EBUSY
    * while its last reference to /dev/ublkcN lives, so this asks again for a while.
    *
-   * @returns anew: false if a server that has died began it, and this driver does not begin again.
+   * @returns anew: false if another server has begun it, which may have died since, and this driver
+   * does not begin again.
    * @throws {UblkError} EINVAL: it was not added for recovery, or has been stopped.
    */
   async startUserRecovery(deviceId: number): Promise<{ anew: boolean }> {

@@ -35,6 +35,7 @@ import { type QueueThread, startQueueThread } from "./queue_thread.ts";
 import { makersMark } from "./state.ts";
 import { type DeviceStats, sumStats } from "./stats.ts";
 import type { OpenTarget } from "./target.ts";
+import { charDeviceOpeners } from "./users.ts";
 
 export const QUEUES_DEFAULT = 1;
 export const QUEUES_MAX = 4096;
@@ -202,6 +203,10 @@ export class Device {
     return unwinding(options.log, async (undo) => {
       undo.push(() => options.target.close());
       const { anew } = await control.startUserRecovery(id);
+      if (!anew && charDeviceOpeners(control.dialect.charName(id)).length > 0) {
+        const hint = "another server is taking it over: see ubd list";
+        throw new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
+      }
       options.confirm?.();
       checkpoint("recovery started");
       const info = await control.getDeviceInfo(id);
