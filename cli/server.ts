@@ -5,7 +5,8 @@
  * @module
  */
 
-import { existsSync, statSync } from "node:fs";
+import { existsSync } from "node:fs";
+import { stat } from "node:fs/promises";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import {
@@ -17,6 +18,7 @@ import {
   UBLK_F_USER_RECOVERY_FAIL_IO,
   UBLK_F_USER_RECOVERY_REISSUE,
   UBLK_S_DEV_DEAD,
+  UBLK_S_DEV_LIVE,
 } from "../abi/ublk_cmd.ts";
 import { Control, lackError } from "../core/control.ts";
 import { Device } from "../core/device.ts";
@@ -55,6 +57,7 @@ const RECOVERY_FLAGS: Record<RecoveryMode, bigint> = {
 };
 
 const LOCK_PATIENCE_MS = 10_000;
+const STAT_PATIENCE_MS = 2000;
 
 /** How often a server without a leash looks whether its device is still used. */
 const USERS_PAUSE_MS = 500;
@@ -222,41 +225,50 @@ async function hasServer(control: Control, id?: number): Promise<UblkError | und
  */
 async function refuseAwaited(control: Control, spec: ServerSpec): Promise<void> {
   if (spec.target.options.force) return;
-  const files = filesOf(spec);
+  const files = await filesOf(spec);
   if (files.length === 0) return;
   for (const id of deviceIds(control)) {
-    const other = readState(id)?.spec as ServerSpec | undefined;
+    const { pid, spec: known } = readState(id) ?? {};
+    const other = known as ServerSpec | undefined;
     if (!other?.recovery || (spec.target.options.readOnly && other.target.options.readOnly)) {
       continue;
     }
-    const shared = filesOf(other).find(({ key }) => files.some((file) => file.key === key));
-    if (!shared || !(await mayBeRecovered(control, id))) continue;
+    if (!(await awaitsServer(control, id, pid!))) continue;
+    const shared = (await filesOf(other)).find(({ key }) => files.some((file) => file.key === key));
+    if (!shared) continue;
     throw new UblkError({
       errno: "EBUSY",
       operation: `serve ${shared.path}`,
-      hint: `device ${id} has it, also while it waits for a server: ubd recover -n ${id}, or ` +
+      hint: `device ${id} has it, and waits for a server: ubd recover -n ${id}, or ` +
         `ubd del -n ${id}; add --force if you are sure`,
     });
   }
 }
 
-async function mayBeRecovered(control: Control, id: number): Promise<boolean> {
+/** @param pid its last server's: while that lives, its lock is enough. */
+async function awaitsServer(control: Control, id: number, pid: number): Promise<boolean> {
   try {
-    return (await control.getDeviceInfo(id)).state !== UBLK_S_DEV_DEAD;
+    const { state } = await control.getDeviceInfo(id);
+    if (state === UBLK_S_DEV_LIVE) return !existsSync(`/proc/${pid}`);
+    return state !== UBLK_S_DEV_DEAD;
   } catch (error) {
     if (isNoneOfOurs(error)) return false;
     throw error;
   }
 }
 
-/** What a built-in target has its data in. */
-function filesOf({ target: { name, options } }: ServerSpec): { path: string; key: string }[] {
+/** What a built-in target has its data in, as far as it is there and answers. */
+async function filesOf({ target: { name, options } }: ServerSpec) {
   if (isDefined(name)) return [];
   const { file, files = [] } = options as { file?: string; files?: string[] };
-  return [...(file === undefined ? [] : [file]), ...files].flatMap((path) => {
-    const stats = statSync(path, { throwIfNoEntry: false });
-    return stats ? [{ path, key: `${stats.dev}:${stats.ino}` }] : [];
-  });
+  const found: { path: string; key: string }[] = [];
+  for (const path of [...(file === undefined ? [] : [file]), ...files]) {
+    // A network's mount may be what that server died of; a new one must not wait for it as well.
+    const late = sleep(STAT_PATIENCE_MS, undefined, { ref: false });
+    const stats = await Promise.race([stat(path).catch(() => undefined), late]);
+    if (stats) found.push({ path, key: `${stats.dev}:${stats.ino}` });
+  }
+  return found;
 }
 
 /** The hidden verb's whole program. */
