@@ -24,7 +24,7 @@ import { charDeviceOpeners } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
 import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
-import { hasCode, isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
+import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
 import { describeDevice, dumpDevice, isNoneOfOurs } from "./describe.ts";
 import { serve } from "./server.ts";
@@ -337,7 +337,10 @@ async function waitingDevice(spec: ServerSpec): Promise<{ recover?: number }> {
     if (isNoneOfOurs(error)) return {};
     throw error;
   }
-  if (isDeepStrictEqual(known.spec, JSON.parse(JSON.stringify(spec)))) return { recover: id };
+  // What the device itself has, the driver knows; and what was not said may have had another
+  // default in the executable that added it.
+  const said = (one: unknown) => ({ ...JSON.parse(JSON.stringify(one)), device: undefined });
+  if (isDeepStrictEqual(said(known.spec), said(spec))) return { recover: id };
   throw new UblkError({
     errno: "EEXIST",
     operation: "add",
@@ -361,7 +364,7 @@ export function toSpec(
   if (name === undefined) {
     throw new UsageError(`Which target? ubd add ${TARGET_NAMES.join(" ... or ubd add ")} ...`);
   }
-  if (!TARGET_NAMES.includes(name) && !hasCode(name) && existsSync(name)) {
+  if (!TARGET_NAMES.includes(name) && !isModule(name) && existsSync(name)) {
     throw new UsageError(`"${name}" is neither target nor module: ubd add loop ${name}`);
   }
   const defined = isModule(name) || isDefined(name);

@@ -28,14 +28,12 @@ export function isUrl(name: string): boolean {
   return /^https?:/i.test(name);
 }
 
-/** Whether a target's name is a module's path: `./x.ts`, `/x/y`, `x.js`. */
+/**
+ * Whether a target's name is a module's path: `./x.ts`, `x.js`. Never without such an extension: a
+ * disk image must not be taken for code.
+ */
 export function isModule(name: string): boolean {
-  return name.includes("/") && !isUrl(name) || hasCode(name);
-}
-
-/** Whether a file of this name holds JavaScript or TypeScript. */
-export function hasCode(name: string): boolean {
-  return /\.[cm]?[jt]sx?$/.test(name);
+  return !isUrl(name) && /\.[cm]?[jt]sx?$/.test(name);
 }
 
 /** @throws {UsageError} the module cannot be loaded, or exports no target. */
