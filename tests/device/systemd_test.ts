@@ -54,7 +54,7 @@ deviceTest("started again with the same words, a server that was killed takes it
   const other = await scene.ubd("add", ...words, "--ro");
   assert.equal(other.code, 4, other.stderr);
   assert.match(other.stderr, /waits for a server, and was added with other options: ubd recover/);
-  const { server, device } = await start();
+  const { server, device } = await start("-d", "64"); // As an executable with another default would.
   writeFileSync(join(scene.directory, "go"), "");
   assert.equal((await reader.ended).stdout, "65536\n", "it is the same device");
   process.kill(device.pid, "SIGTERM");
