@@ -154,7 +154,7 @@ fn describe(state: *const State, sqe: *layout.Sqe, op: u64, first: u64, count: u
 /// Asks for requests, as long as there are buffers.
 fn fetch(queue: *Queue) void {
     const sqe = ring.nextCommand(queue, queue.config.fetch_op);
-    sqe.flags = sqe_buffer_select;
+    sqe.flags |= sqe_buffer_select;
     sqe.op_flags = uring_cmd_multishot;
     sqe.user_data = ring.batch_fetch << 16;
     const cmd: *layout.BatchIo = @ptrCast(@alignCast(&sqe.cmd));

@@ -22,6 +22,8 @@ extern fn io_uring_get_events(ring: *Ring) c_int;
 extern fn io_uring_submit_and_get_events(ring: *Ring) c_int;
 extern fn io_uring_register_ring_fd(ring: *Ring) c_int;
 extern fn io_uring_register_eventfd(ring: *Ring, fd: c_int) c_int;
+extern fn io_uring_register_files(ring: *Ring, fds: *const i32, count: c_uint) c_int;
+extern fn io_uring_unregister_files(ring: *Ring) c_int;
 extern fn io_uring_register_buffers_sparse(ring: *Ring, count: c_uint) c_int;
 extern fn io_uring_register_buffers_update_tag(ring: *Ring, index: c_uint, iovecs: *const sys.IoVec, tags: *const u64, count: c_uint) c_int;
 
@@ -46,6 +48,7 @@ const op_fallocate = 17;
 const op_read = 22;
 const op_write = 23;
 const op_uring_cmd = 46;
+const sqe_fixed_file = 1 << 0;
 
 /// Values of Command.op; ffi/mod.ts names the same ones.
 pub const command_fetch = 0;
@@ -115,6 +118,8 @@ pub const Queue = struct {
     renewed: bool,
     /// io_bytes_max of zeroes, never written and so never more than the kernel's one zero page.
     zeroes: usize,
+    /// The character device is the ring's file 0.
+    registered: bool,
     /// Landing place of the wake-up read; its value has no meaning.
     wake_count: u64,
     batch: batch.State,
@@ -175,6 +180,8 @@ fn queueAcquire(queue: *Queue) i32 {
     const more_sqes: u32 = if (inBatches(queue)) batch_sqes else 0;
     var result = ringInit(&queue.ring, config.depth + more_sqes, config.sqe128 != 0);
     if (result >= 0 and !copied) result = bufferTableInit(queue);
+    // Saves the threads of all queues a shared count of references for each request.
+    queue.registered = result >= 0 and config.char_fd >= 0 and io_uring_register_files(&queue.ring, &config.char_fd, 1) >= 0;
     if (result >= 0 and inBatches(queue)) result = batch.init(queue);
     return result;
 }
@@ -227,6 +234,8 @@ fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
 }
 
 fn queueRelease(queue: *Queue) void {
+    // The ring ends later, and the driver waits for the last reference to the device.
+    if (queue.registered) _ = io_uring_unregister_files(&queue.ring);
     if (queue.ring.ring_fd > 0) io_uring_queue_exit(&queue.ring);
     if (queue.buffers != 0 and !queue.renewed) sys.unmap(queue.buffers, queue.buffers_bytes);
     if (queue.batch.mapping != 0) sys.unmap(queue.batch.mapping, queue.batch.mapping_bytes);
@@ -361,12 +370,18 @@ fn put(queue: *Queue, command: *const layout.Command) i32 {
 /// The next SQE as a command for the driver's queue. There must be room.
 pub fn nextCommand(queue: *Queue, op: u32) *layout.Sqe {
     const sqe = nextSqe(&queue.ring, queue.sqe_bytes);
-    sqe.opcode = op_uring_cmd;
-    sqe.fd = queue.config.char_fd;
+    aim(queue, sqe);
     sqe.off = op;
     const queue_id: *u16 = @ptrCast(@alignCast(&sqe.cmd)); // First in each command.
     queue_id.* = @intCast(queue.config.queue_id);
     return sqe;
+}
+
+/// Makes it a command for the character device.
+fn aim(queue: *const Queue, sqe: *layout.Sqe) void {
+    sqe.opcode = op_uring_cmd;
+    sqe.fd = if (queue.registered) 0 else queue.config.char_fd;
+    if (queue.registered) sqe.flags = sqe_fixed_file;
 }
 
 /// What a COMMIT tells the driver, once the data is where it belongs.
@@ -394,8 +409,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
                 sqe.opcode = op_nop;
                 return 0;
             }
-            sqe.opcode = op_uring_cmd;
-            sqe.fd = queue.config.char_fd;
+            aim(queue, sqe);
             sqe.off = switch (command.op) {
                 command_fetch => queue.config.fetch_op,
                 command_commit => queue.config.commit_op,
