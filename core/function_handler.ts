@@ -102,73 +102,73 @@ class TagRequest implements ReadRequest, WriteRequest, ZeroRequest {
 }
 
 export class FunctionHandler implements RequestHandler {
-  readonly #device: BlockDevice;
-  readonly #log: (text: string) => void;
-  readonly #timeoutMs: number;
-  readonly #maxConcurrent: number;
-  readonly #blockSize: number;
-  readonly #stop = new AbortController();
-  readonly #requests: (TagRequest | undefined)[];
+  private readonly device: BlockDevice;
+  private readonly log: (text: string) => void;
+  private readonly timeoutMs: number;
+  private readonly maxConcurrent: number;
+  private readonly blockSize: number;
+  private readonly stop = new AbortController();
+  private readonly requests: (TagRequest | undefined)[];
   /** A write is done and waits for `flush`. */
-  readonly #syncing: Uint8Array;
+  private readonly syncing: Uint8Array;
   /** Bytes that are done, to be answered after the `flush`. */
-  readonly #done: Float64Array;
+  private readonly done: Float64Array;
   /** When a tag's promise is given up, in performance.now(); 0: it has none. */
-  readonly #deadlines: Float64Array;
+  private readonly deadlines: Float64Array;
   /** Tags that wait for `maxConcurrent`. */
-  readonly #waiting: number[] = [];
-  #outstanding = 0;
-  #timer: ReturnType<typeof setTimeout> | undefined;
+  private readonly waiting: number[] = [];
+  private outstanding = 0;
+  private timer: ReturnType<typeof setTimeout> | undefined;
   needsEventLoop = false;
 
   constructor(device: BlockDevice, { depth, log }: ServeContext) {
-    this.#device = device;
-    this.#log = log;
-    this.#timeoutMs = device.timeoutMs ?? TIMEOUT_DEFAULT_MS;
-    this.#maxConcurrent = device.maxConcurrent ?? depth;
-    this.#blockSize = device.blockSize ?? SECTOR_BYTES;
-    this.#requests = new Array(depth);
-    this.#syncing = new Uint8Array(depth);
-    this.#done = new Float64Array(depth);
-    this.#deadlines = new Float64Array(depth);
+    this.device = device;
+    this.log = log;
+    this.timeoutMs = device.timeoutMs ?? TIMEOUT_DEFAULT_MS;
+    this.maxConcurrent = device.maxConcurrent ?? depth;
+    this.blockSize = device.blockSize ?? SECTOR_BYTES;
+    this.requests = new Array(depth);
+    this.syncing = new Uint8Array(depth);
+    this.done = new Float64Array(depth);
+    this.deadlines = new Float64Array(depth);
   }
 
   stopping(): void {
-    this.#stop.abort();
+    this.stop.abort();
   }
 
   handle(queue: Queue, tag: number): void {
-    if (this.#outstanding < this.#maxConcurrent) this.#begin(queue, tag);
-    else this.#waiting.push(tag);
+    if (this.outstanding < this.maxConcurrent) this.begin(queue, tag);
+    else this.waiting.push(tag);
   }
 
-  #begin(queue: Queue, tag: number): void {
-    this.#syncing[tag] = 0;
-    this.#call(queue, tag);
+  private begin(queue: Queue, tag: number): void {
+    this.syncing[tag] = 0;
+    this.call(queue, tag);
   }
 
-  #call(queue: Queue, tag: number): void {
-    const request = this.#requests[tag] ?? this.#newRequest(queue, tag);
+  private call(queue: Queue, tag: number): void {
+    const request = this.requests[tag] ?? this.newRequest(queue, tag);
     let answer: Answer;
     let promise: Promise<void | number> | undefined;
     try {
-      answer = this.#ask(queue, tag, request);
+      answer = this.ask(queue, tag, request);
       // Whatever else has a `then` may call back twice, or throw.
       if (isPromise(answer)) promise = Promise.resolve(answer);
     } catch (error) {
-      return this.#fail(queue, tag, error);
+      return this.fail(queue, tag, error);
     }
-    if (promise) this.#wait(queue, tag, promise);
-    else this.#answer(queue, tag, answer as void | number);
+    if (promise) this.wait(queue, tag, promise);
+    else this.answer(queue, tag, answer as void | number);
   }
 
-  #newRequest(queue: Queue, tag: number): TagRequest {
-    return this.#requests[tag] = new TagRequest(queue, tag, this.#stop.signal, this.#settle);
+  private newRequest(queue: Queue, tag: number): TagRequest {
+    return this.requests[tag] = new TagRequest(queue, tag, this.stop.signal, this.settle);
   }
 
-  #ask(queue: Queue, tag: number, request: TagRequest): Answer {
-    const device = this.#device;
-    if (this.#syncing[tag]) return device.flush!(request);
+  private ask(queue: Queue, tag: number, request: TagRequest): Answer {
+    const device = this.device;
+    if (this.syncing[tag]) return device.flush!(request);
     switch (queue.op(tag)) {
       case UBLK_IO_OP_READ:
         // What a function leaves out must not be what another request left behind.
@@ -187,102 +187,102 @@ export class FunctionHandler implements RequestHandler {
     }
   }
 
-  #wait(queue: Queue, tag: number, answer: Promise<void | number>): void {
+  private wait(queue: Queue, tag: number, answer: Promise<void | number>): void {
     this.needsEventLoop = true;
-    this.#outstanding++;
-    this.#deadlines[tag] = performance.now() + this.#timeoutMs;
-    if (!this.#timer) this.#giveUpIn(queue, this.#timeoutMs);
-    const { fulfilled, rejected } = this.#requests[tag]!;
+    this.outstanding++;
+    this.deadlines[tag] = performance.now() + this.timeoutMs;
+    if (!this.timer) this.giveUpIn(queue, this.timeoutMs);
+    const { fulfilled, rejected } = this.requests[tag]!;
     then.call(answer, fulfilled, rejected);
   }
 
-  readonly #settle: Settle = (queue, tag, outcome, rejected) => {
+  private readonly settle: Settle = (queue, tag, outcome, rejected) => {
     if (queue.disposed) return;
     try {
-      this.#free(tag);
-      if (rejected) this.#fail(queue, tag, outcome);
-      else this.#answer(queue, tag, outcome as void | number);
-      this.#beginWaiting(queue);
+      this.free(tag);
+      if (rejected) this.fail(queue, tag, outcome);
+      else this.answer(queue, tag, outcome as void | number);
+      this.beginWaiting(queue);
     } catch (error) {
       queue.break(error);
     }
   };
 
-  #free(tag: number): void {
-    this.#deadlines[tag] = 0;
-    this.#outstanding--;
+  private free(tag: number): void {
+    this.deadlines[tag] = 0;
+    this.outstanding--;
   }
 
-  #beginWaiting(queue: Queue): void {
-    while (this.#waiting.length > 0 && this.#outstanding < this.#maxConcurrent) {
-      this.#begin(queue, this.#waiting.shift()!);
+  private beginWaiting(queue: Queue): void {
+    while (this.waiting.length > 0 && this.outstanding < this.maxConcurrent) {
+      this.begin(queue, this.waiting.shift()!);
     }
   }
 
-  #giveUpIn(queue: Queue, ms: number): void {
-    this.#timer = setTimeout(() => this.#giveUp(queue), Math.min(ms, TIMER_MAX_MS));
-    this.#timer.unref();
+  private giveUpIn(queue: Queue, ms: number): void {
+    this.timer = setTimeout(() => this.giveUp(queue), Math.min(ms, TIMER_MAX_MS));
+    this.timer.unref();
   }
 
   /** Answers what is overdue, and comes back for the rest. */
-  #giveUp(queue: Queue): void {
-    this.#timer = undefined;
+  private giveUp(queue: Queue): void {
+    this.timer = undefined;
     if (queue.disposed) return;
     const now = performance.now();
     let next = Infinity;
     try {
-      for (const [tag, deadline] of this.#deadlines.entries()) {
+      for (const [tag, deadline] of this.deadlines.entries()) {
         if (deadline === 0) continue;
         if (deadline > now) {
           next = Math.min(next, deadline);
           continue;
         }
-        this.#free(tag);
-        this.#requests[tag]!.leave();
-        this.#requests[tag] = undefined;
+        this.free(tag);
+        this.requests[tag]!.leave();
+        this.requests[tag] = undefined;
         queue.renewData(tag);
         const op = OP_NAMES.get(queue.op(tag));
-        this.#log(`${op} took more than ${this.#timeoutMs} ms and was given up`);
+        this.log(`${op} took more than ${this.timeoutMs} ms and was given up`);
         queue.commit(tag, -ERRNO.ETIMEDOUT);
       }
-      this.#beginWaiting(queue);
+      this.beginWaiting(queue);
     } catch (error) {
       queue.break(error);
     }
-    if (next < Infinity) this.#giveUpIn(queue, next - now);
+    if (next < Infinity) this.giveUpIn(queue, next - now);
   }
 
-  #answer(queue: Queue, tag: number, value: void | number): void {
-    if (this.#syncing[tag]) return queue.commit(tag, this.#done[tag]!);
+  private answer(queue: Queue, tag: number, value: void | number): void {
+    if (this.syncing[tag]) return queue.commit(tag, this.done[tag]!);
     const op = queue.op(tag);
     const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
     const bytes = queue.bytes(tag);
     if (value !== undefined && !(Number.isInteger(value) && value >= 0 && value <= bytes)) {
       const what = typeof value === "number" ? value : `a ${typeof value}`;
-      return this.#fail(queue, tag, new RangeError(`it answered ${what}, of ${bytes} bytes`));
+      return this.fail(queue, tag, new RangeError(`it answered ${what}, of ${bytes} bytes`));
     }
     // Whole blocks: the kernel cannot ask again for a part of one.
-    const done = moves ? Math.floor((value ?? bytes) / this.#blockSize) * this.#blockSize : 0;
+    const done = moves ? Math.floor((value ?? bytes) / this.blockSize) * this.blockSize : 0;
     if (moves && done === 0) {
-      return this.#fail(queue, tag, new RangeError(`it answered ${value}: less than a block`));
+      return this.fail(queue, tag, new RangeError(`it answered ${value}: less than a block`));
     }
-    if (!this.#mustSync(queue, tag, op)) return queue.commit(tag, done);
-    this.#done[tag] = done;
-    this.#syncing[tag] = 1;
-    this.#call(queue, tag);
+    if (!this.mustSync(queue, tag, op)) return queue.commit(tag, done);
+    this.done[tag] = done;
+    this.syncing[tag] = 1;
+    this.call(queue, tag);
   }
 
-  #mustSync(queue: Queue, tag: number, op: number): boolean {
-    if (this.#device.handlesFua || !this.#device.flush) return false;
+  private mustSync(queue: Queue, tag: number, op: number): boolean {
+    if (this.device.handlesFua || !this.device.flush) return false;
     const writes = op === UBLK_IO_OP_WRITE || op === UBLK_IO_OP_WRITE_ZEROES;
     return writes && (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
   }
 
-  #fail(queue: Queue, tag: number, error: unknown): void {
+  private fail(queue: Queue, tag: number, error: unknown): void {
     const errno = errnoOf(error);
-    if (error instanceof UblkError) this.#log(error.message);
+    if (error instanceof UblkError) this.log(error.message);
     else if (errno === undefined) {
-      this.#log(`${OP_NAMES.get(queue.op(tag))} fails: ${describe(error)}`);
+      this.log(`${OP_NAMES.get(queue.op(tag))} fails: ${describe(error)}`);
     }
     queue.commit(tag, -(errno ?? ERRNO.EIO));
   }

@@ -31,7 +31,6 @@ import {
 } from "../abi/ublk_cmd.ts";
 import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
 import {
-  COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FALLOCATE,
   COMMAND_FETCH,
@@ -41,15 +40,17 @@ import {
   COMMAND_REGISTER,
   COMMAND_UNREGISTER,
   COMMAND_WAKE,
+  COMMAND_WORDS,
   COMMAND_WRITE,
   COMMAND_WRITE_ZEROES,
-  EVENT_BYTES,
   EVENT_REQUEST,
   EVENT_WAKE,
+  EVENT_WORDS,
   type QueueConfig,
   type QueueMemory,
   type Shim,
   TAG_BITS,
+  TAG_MASK,
 } from "../ffi/mod.ts";
 import { assert, AssertionError } from "./assert.ts";
 import { UblkError } from "./error.ts";
@@ -65,11 +66,8 @@ const UNREGISTERING = 5;
 /** Serving a request whose buffer this queue has registered, and unregisters. */
 const SERVING_REGISTERED = 6;
 
-const COMMAND_WORDS = COMMAND_BYTES / 4;
-const COMMAND_FLOATS = COMMAND_BYTES / 8;
-const EVENT_WORDS = EVENT_BYTES / 4;
-const DESCRIPTOR_WORDS = UBLKSRV_IO_DESC.size / 4;
-const TAG_MASK = (1 << TAG_BITS) - 1;
+const DESCRIPTOR_WORDS = 6;
+assert(DESCRIPTOR_WORDS * 4 === UBLKSRV_IO_DESC.size, "a descriptor has another size");
 
 export const SECTOR_BYTES = 512;
 
@@ -77,29 +75,29 @@ export class Queue implements Disposable {
   readonly depth: number;
   /** Bytes of data a request may have. */
   readonly ioBytesMax: number;
-  readonly #shim: Shim;
-  readonly #memory: QueueMemory;
-  readonly #commandWords: Int32Array;
-  readonly #commandFloats: Float64Array;
-  readonly #eventWords: Int32Array;
+  private readonly shim: Shim;
+  private readonly memory: QueueMemory;
+  private readonly commandWords: Int32Array;
+  private readonly commandFloats: Float64Array;
+  private readonly eventWords: Int32Array;
   /** The driver's: a tag's words stand from its request's arrival until the commit. */
-  #descriptors: Int32Array;
+  private descriptors: Int32Array;
   /** The data of each tag. */
-  readonly #data: Uint8Array<ArrayBuffer>[];
-  readonly #state: Uint8Array;
-  readonly #stats: Float64Array;
+  private readonly buffers: Uint8Array<ArrayBuffer>[];
+  private readonly states: Uint8Array;
+  private readonly stats: Float64Array;
   /** Every READ and WRITE is to be registered here; else those the driver has marked. */
-  readonly #registersAll: boolean;
-  readonly #copies: boolean;
+  private readonly registersAll: boolean;
+  private readonly copies: boolean;
   /** What a request is answered with once its buffer is unregistered. */
-  readonly #results: Int32Array;
-  #commandCount = 0;
-  #liveTags: number;
-  #started = false;
-  #disposed = false;
+  private readonly results: Int32Array;
+  private commandCount = 0;
+  private liveTags: number;
+  private started = false;
+  private closed = false;
   /** Ends the wait of `runOnEventLoop`, when there is one. */
-  #goOn = () => {};
-  #broken: { error: unknown } | undefined;
+  private goOn: (() => void) | undefined;
+  private failure: { error: unknown } | undefined;
 
   /**
    * @param stats counts for others to read, see core/stats.ts.
@@ -108,28 +106,28 @@ export class Queue implements Disposable {
   constructor(shim: Shim, config: QueueConfig, stats: Float64Array = emptyStats()) {
     const memory = shim.queueInit(config);
     if (typeof memory === "number") throw UblkError.from(memory, "set up a ring");
-    this.#shim = shim;
-    this.#memory = memory;
-    this.depth = this.#liveTags = config.depth;
+    this.shim = shim;
+    this.memory = memory;
+    this.depth = this.liveTags = config.depth;
     this.ioBytesMax = config.ioBytesMax;
-    this.#commandWords = new Int32Array(memory.commands);
-    this.#commandFloats = new Float64Array(memory.commands);
-    this.#eventWords = new Int32Array(memory.events);
-    this.#descriptors = new Int32Array(memory.descriptors);
-    this.#copies = config.zeroCopy === undefined;
-    this.#data = Array.from(
-      { length: this.#copies ? config.depth : 0 },
+    this.commandWords = new Int32Array(memory.commands);
+    this.commandFloats = new Float64Array(memory.commands);
+    this.eventWords = new Int32Array(memory.events);
+    this.descriptors = new Int32Array(memory.descriptors);
+    this.copies = config.zeroCopy === undefined;
+    this.buffers = Array.from(
+      { length: this.copies ? config.depth : 0 },
       (_, tag) => new Uint8Array(memory.buffers, tag * config.ioBytesMax, config.ioBytesMax),
     );
-    this.#stats = stats;
-    this.#state = new Uint8Array(config.depth);
-    this.#registersAll = config.zeroCopy !== undefined && !config.zeroCopy.automatic;
-    this.#results = new Int32Array(config.depth);
+    this.stats = stats;
+    this.states = new Uint8Array(config.depth);
+    this.registersAll = config.zeroCopy !== undefined && !config.zeroCopy.automatic;
+    this.results = new Int32Array(config.depth);
   }
 
   /** The ring is closed: nothing may be asked of it any more. */
   get disposed(): boolean {
-    return this.#disposed;
+    return this.closed;
   }
 
   /**
@@ -137,35 +135,35 @@ export class Queue implements Disposable {
    * those of a request that is being served: its function may still write to it.
    */
   [Symbol.dispose](): void {
-    if (this.#disposed) return;
-    const serving = this.#state.indexOf(SERVING);
+    if (this.closed) return;
+    const serving = this.states.indexOf(SERVING);
     // What was renewed once is never unmapped.
-    if (serving >= 0) this.#shim.renewBuffer(this.#memory.handle, serving, this.ioBytesMax);
+    if (serving >= 0) this.shim.renewBuffer(this.memory.handle, serving, this.ioBytesMax);
     // A function that is still at work may ask what its request was.
-    this.#descriptors = this.#descriptors.slice();
-    this.#disposed = true;
-    this.#shim.native.ubd_queue_exit(this.#memory.handle);
+    this.descriptors = this.descriptors.slice();
+    this.closed = true;
+    this.shim.native.ubd_queue_exit(this.memory.handle);
   }
 
   /** The request's operation: UBLK_IO_OP_*. */
   op(tag: number): number {
-    return this.#descriptors[tag * DESCRIPTOR_WORDS]! & 0xff;
+    return this.descriptors[tag * DESCRIPTOR_WORDS]! & 0xff;
   }
 
   /** The request's flags as the header defines them: test with UBLK_IO_F_*, never shifted. */
   flags(tag: number): number {
-    return this.#descriptors[tag * DESCRIPTOR_WORDS]! >>> 0;
+    return this.descriptors[tag * DESCRIPTOR_WORDS]! >>> 0;
   }
 
   /** Length in bytes. Exact; a DISCARD may have up to 2 TiB. */
   bytes(tag: number): number {
-    return (this.#descriptors[tag * DESCRIPTOR_WORDS + 1]! >>> 0) * SECTOR_BYTES;
+    return (this.descriptors[tag * DESCRIPTOR_WORDS + 1]! >>> 0) * SECTOR_BYTES;
   }
 
   /** Where on the device the request starts, in bytes. Exact below 2^53. */
   offset(tag: number): number {
-    const low = this.#descriptors[tag * DESCRIPTOR_WORDS + 2]! >>> 0;
-    const high = this.#descriptors[tag * DESCRIPTOR_WORDS + 3]!;
+    const low = this.descriptors[tag * DESCRIPTOR_WORDS + 2]! >>> 0;
+    const high = this.descriptors[tag * DESCRIPTOR_WORDS + 3]!;
     return (high * 2 ** 32 + low) * SECTOR_BYTES;
   }
 
@@ -174,14 +172,14 @@ export class Queue implements Disposable {
    * with zero copy.
    */
   data(tag: number, bytes: number): Uint8Array<ArrayBuffer> {
-    assert(this.#copies, "the data is not in this process");
-    return this.#data[tag]!.subarray(0, bytes);
+    assert(this.copies, "the data is not in this process");
+    return this.buffers[tag]!.subarray(0, bytes);
   }
 
   /** Zeroes a part of the tag's buffer. Not with zero copy. */
   fillZero(tag: number, start: number, end: number): void {
-    assert(this.#copies, "the data is not in this process");
-    this.#data[tag]!.fill(0, start, end);
+    assert(this.copies, "the data is not in this process");
+    this.buffers[tag]!.fill(0, start, end);
   }
 
   /**
@@ -191,9 +189,9 @@ export class Queue implements Disposable {
    * @throws {UblkError} ENOMEM.
    */
   renewData(tag: number): void {
-    const buffer = this.#shim.renewBuffer(this.#memory.handle, tag, this.ioBytesMax);
+    const buffer = this.shim.renewBuffer(this.memory.handle, tag, this.ioBytesMax);
     if (!buffer) throw new UblkError({ errno: "ENOMEM", operation: "renew a buffer" });
-    this.#data[tag] = new Uint8Array(buffer);
+    this.buffers[tag] = new Uint8Array(buffer);
   }
 
   /**
@@ -203,35 +201,38 @@ export class Queue implements Disposable {
    * retry, so both become EIO, as does a count that exceeds the request.
    */
   commit(tag: number, result: number): void {
-    const state = this.#state[tag]!;
+    const state = this.states[tag]!;
     const registered = state === SERVING_REGISTERED;
-    assert(registered || state === SERVING, "commit of a tag that serves no request");
+    if (!registered && state !== SERVING) {
+      throw new AssertionError("commit of a tag that serves no request");
+    }
     const op = this.op(tag);
-    if (op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE) {
+    if (result < 0) {
+      if (result === -ERRNO.EAGAIN) result = -ERRNO.EIO;
+    } else if (op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE) {
       if (result === 0 || result > this.bytes(tag)) result = -ERRNO.EIO;
     }
-    if (result === -ERRNO.EAGAIN) result = -ERRNO.EIO;
-    countRequest(this.#stats, op, result);
+    countRequest(this.stats, op, result);
     if (registered) {
-      this.#results[tag] = result;
-      this.#state[tag] = UNREGISTERING;
-      this.#command(COMMAND_UNREGISTER, tag, 0);
+      this.results[tag] = result;
+      this.states[tag] = UNREGISTERING;
+      this.command(COMMAND_UNREGISTER, tag, 0);
     } else {
-      this.#state[tag] = FETCHED;
-      this.#command(COMMAND_COMMIT, tag, result);
+      this.states[tag] = FETCHED;
+      this.command(COMMAND_COMMIT, tag, result);
     }
-    this.#goOn();
+    if (this.goOn) this.goOn();
   }
 
   /** Ends `runOnEventLoop` with this error: for what fails between its turns. */
   break(error: unknown): void {
-    this.#broken ??= { error };
-    this.#goOn();
+    this.failure ??= { error };
+    if (this.goOn) this.goOn();
   }
 
   /** Reads a file into the tag's buffer. `resume` gets bytes or -errno. */
   read(tag: number, fd: number, bufferOffset: number, bytes: number, fileOffset: number): void {
-    this.#operation(COMMAND_READ, tag, fd, 0, bufferOffset, bytes, fileOffset);
+    this.operation(COMMAND_READ, tag, fd, 0, bufferOffset, bytes, fileOffset);
   }
 
   /** Writes the tag's buffer to a file. @param flags RWF_*. */
@@ -243,25 +244,25 @@ export class Queue implements Disposable {
     fileOffset: number,
     flags: number,
   ): void {
-    this.#operation(COMMAND_WRITE, tag, fd, flags, bufferOffset, bytes, fileOffset);
+    this.operation(COMMAND_WRITE, tag, fd, flags, bufferOffset, bytes, fileOffset);
   }
 
   /** Writes zeroes to a file, up to `ioBytesMax`. The tag's buffer is not touched. */
   writeZeroes(tag: number, fd: number, bytes: number, fileOffset: number): void {
-    this.#operation(COMMAND_WRITE_ZEROES, tag, fd, 0, 0, bytes, fileOffset);
+    this.operation(COMMAND_WRITE_ZEROES, tag, fd, 0, 0, bytes, fileOffset);
   }
 
   /** @param flags IORING_FSYNC_DATASYNC or 0. */
   fsync(tag: number, fd: number, flags: number): void {
-    this.#operation(COMMAND_FSYNC, tag, fd, flags, 0, 0, 0);
+    this.operation(COMMAND_FSYNC, tag, fd, flags, 0, 0, 0);
   }
 
   /** @param mode FALLOC_FL_*. */
   fallocate(tag: number, fd: number, mode: number, fileOffset: number, bytes: number): void {
-    this.#operation(COMMAND_FALLOCATE, tag, fd, mode, 0, bytes, fileOffset);
+    this.operation(COMMAND_FALLOCATE, tag, fd, mode, 0, bytes, fileOffset);
   }
 
-  #operation(
+  private operation(
     op: number,
     tag: number,
     fd: number,
@@ -270,19 +271,19 @@ export class Queue implements Disposable {
     bytes: number,
     fileOffset: number,
   ): void {
-    const at = this.#command(op, tag, fd);
-    this.#commandWords[at * COMMAND_WORDS + 2] = flags;
-    this.#commandWords[at * COMMAND_WORDS + 3] = bufferOffset;
-    this.#commandFloats[at * COMMAND_FLOATS + 2] = bytes;
-    this.#commandFloats[at * COMMAND_FLOATS + 3] = fileOffset;
+    const at = this.command(op, tag, fd);
+    this.commandWords[at * COMMAND_WORDS + 2] = flags;
+    this.commandWords[at * COMMAND_WORDS + 3] = bufferOffset;
+    this.commandFloats[at * (COMMAND_WORDS / 2) + 2] = bytes;
+    this.commandFloats[at * (COMMAND_WORDS / 2) + 3] = fileOffset;
   }
 
   /** @returns its number in the batch; what an io command does not need may be anything there. */
-  #command(op: number, tag: number, value: number): number {
-    const at = this.#commandCount++;
-    assert(at <= this.depth, "more commands than tags");
-    this.#commandWords[at * COMMAND_WORDS] = op << TAG_BITS | tag;
-    this.#commandWords[at * COMMAND_WORDS + 1] = value;
+  private command(op: number, tag: number, value: number): number {
+    const at = this.commandCount++;
+    if (at > this.depth) throw new AssertionError("more commands than tags");
+    this.commandWords[at * COMMAND_WORDS] = op << TAG_BITS | tag;
+    this.commandWords[at * COMMAND_WORDS + 1] = value;
     return at;
   }
 
@@ -296,11 +297,11 @@ export class Queue implements Disposable {
    * @throws {UblkError} the ring or the driver refused what a correct server may ask.
    */
   run(handler: RequestHandler, woken: () => boolean, failed: (error: unknown) => void): boolean {
-    assert(!this.#started, "a queue runs once");
-    this.#fetchAll();
-    while (this.#liveTags > 0) {
+    assert(!this.started, "a queue runs once");
+    this.fetchAll();
+    while (this.liveTags > 0) {
       if (handler.needsEventLoop) return false;
-      if (this.#turn(1, handler, woken, failed) < 0) return true;
+      if (this.turn(1, handler, woken, failed) < 0) return true;
     }
     return true;
   }
@@ -314,125 +315,127 @@ export class Queue implements Disposable {
     woken: () => boolean,
     failed: (error: unknown) => void,
   ): Promise<void> {
-    if (!this.#started) this.#fetchAll();
-    const watch = this.#shim.watch(() => this.#goOn());
+    if (!this.started) this.fetchAll();
+    const watch = this.shim.watch(() => this.goOn?.());
     if (typeof watch === "number") throw UblkError.from(watch, "set up a ring");
     try {
-      const result = this.#shim.native.ubd_queue_notify(this.#memory.handle, watch.fd);
+      const result = this.shim.native.ubd_queue_notify(this.memory.handle, watch.fd);
       if (result < 0) throw UblkError.from(result, "set up a ring");
-      while (this.#liveTags > 0) {
-        const asked = this.#commandCount;
-        const events = this.#turn(0, handler, woken, failed);
+      while (this.liveTags > 0) {
+        const asked = this.commandCount;
+        const events = this.turn(0, handler, woken, failed);
         if (events < 0) return;
         // Only a step that neither takes nor brings anything has the ring wake this queue.
-        const idle = asked === 0 && events === 0 && this.#commandCount === 0;
-        if (idle) await new Promise<void>((resolve) => this.#goOn = resolve);
+        const idle = asked === 0 && events === 0 && this.commandCount === 0;
+        if (idle) await new Promise<void>((resolve) => this.goOn = resolve);
         // Timers and sockets get their turn also under load, and what they answer is one batch.
-        if (!idle || this.#commandCount > 0) await new Promise(setImmediate);
-        if (this.#broken) throw this.#broken.error;
+        if (!idle || this.commandCount > 0) await new Promise(setImmediate);
+        if (this.failure) throw this.failure.error;
       }
     } finally {
-      this.#goOn = () => {};
+      this.goOn = undefined;
       watch.close();
     }
   }
 
   /** Has every tag fetched. */
-  #fetchAll(): void {
-    this.#started = true;
+  private fetchAll(): void {
+    this.started = true;
     for (let tag = 0; tag < this.depth; tag++) {
-      assert(this.#state[tag] === FREE, "a tag is fetched twice");
-      this.#state[tag] = FETCHED;
-      this.#command(COMMAND_FETCH, tag, 0);
+      assert(this.states[tag] === FREE, "a tag is fetched twice");
+      this.states[tag] = FETCHED;
+      this.command(COMMAND_FETCH, tag, 0);
     }
-    this.#command(COMMAND_WAKE, 0, 0);
+    this.command(COMMAND_WAKE, 0, 0);
   }
 
   /** Submits what there is and serves what completed. @returns how much that was, -1 to leave. */
-  #turn(
+  private turn(
     wait: 0 | 1,
     handler: RequestHandler,
     woken: () => boolean,
     failed: (error: unknown) => void,
   ): number {
-    const count = this.#commandCount;
-    this.#commandCount = 0;
-    const events = this.#shim.native.ubd_step(this.#memory.handle, count, wait);
+    const count = this.commandCount;
+    this.commandCount = 0;
+    const events = this.shim.native.ubd_step(this.memory.handle, count, wait);
     if (events < 0) throw UblkError.from(events, "enter the ring");
     for (let index = 0; index < events; index++) {
-      const word = this.#eventWords[index * EVENT_WORDS]!;
-      const result = this.#eventWords[index * EVENT_WORDS + 1]!;
+      const word = this.eventWords[index * EVENT_WORDS]!;
+      const result = this.eventWords[index * EVENT_WORDS + 1]!;
       const kind = word >>> TAG_BITS;
       const tag = word & TAG_MASK;
       if (kind === EVENT_WAKE) {
         if (woken()) return -1;
-        this.#command(COMMAND_WAKE, 0, 0);
+        this.command(COMMAND_WAKE, 0, 0);
         continue;
       }
       try {
-        if (kind === EVENT_REQUEST) this.#arrived(tag, result, handler);
-        else this.#completed(tag, result, handler);
+        if (kind === EVENT_REQUEST) this.arrived(tag, result, handler);
+        else this.completed(tag, result, handler);
       } catch (error) {
         if (error instanceof AssertionError || error instanceof UblkError) throw error;
         failed(error);
-        if (this.#isServing(tag)) this.commit(tag, -ERRNO.EIO);
+        if (this.isServing(tag)) this.commit(tag, -ERRNO.EIO);
       }
     }
     return events;
   }
 
   /** The driver has a request for the tag, or takes it back. */
-  #arrived(tag: number, result: number, handler: RequestHandler): void {
-    assert(this.#state[tag] === FETCHED, "request on a tag that was not fetched");
+  private arrived(tag: number, result: number, handler: RequestHandler): void {
+    if (this.states[tag] !== FETCHED) {
+      throw new AssertionError("request on a tag that was not fetched");
+    }
     if (result !== 0) {
       // A WRITE whose data is to be asked for. The answer is as that of a FETCH: the driver may
       // have put the request back, and come with another.
-      if (result === UBLK_IO_RES_NEED_GET_DATA) return void this.#command(COMMAND_GET_DATA, tag, 0);
-      this.#retire(tag, result);
+      if (result === UBLK_IO_RES_NEED_GET_DATA) return void this.command(COMMAND_GET_DATA, tag, 0);
+      this.retire(tag, result);
       handler.stopping?.();
-    } else if (this.#mustRegister(tag)) {
-      this.#state[tag] = REGISTERING;
-      this.#command(COMMAND_REGISTER, tag, 0);
+    } else if (this.mustRegister(tag)) {
+      this.states[tag] = REGISTERING;
+      this.command(COMMAND_REGISTER, tag, 0);
     } else {
-      this.#state[tag] = SERVING;
+      this.states[tag] = SERVING;
       handler.handle(this, tag);
     }
   }
 
   /** A file operation has ended, or the tag's buffer is registered, or is so no more. */
-  #completed(tag: number, result: number, handler: RequestHandler): void {
-    switch (this.#state[tag]) {
+  private completed(tag: number, result: number, handler: RequestHandler): void {
+    switch (this.states[tag]) {
       case REGISTERING:
-        this.#state[tag] = result < 0 ? SERVING : SERVING_REGISTERED;
+        this.states[tag] = result < 0 ? SERVING : SERVING_REGISTERED;
         if (result < 0) this.commit(tag, result);
         else handler.handle(this, tag);
         break;
       case UNREGISTERING:
         // The driver ends no request whose pages are still registered: it would wait for ever.
         if (result < 0) throw UblkError.from(result, "UNREGISTER_IO_BUF");
-        this.#state[tag] = FETCHED;
-        this.#command(COMMAND_COMMIT, tag, this.#results[tag]!);
+        this.states[tag] = FETCHED;
+        this.command(COMMAND_COMMIT, tag, this.results[tag]!);
         break;
       default:
-        assert(this.#isServing(tag), "completion for a tag that serves no request");
+        assert(this.isServing(tag), "completion for a tag that serves no request");
         handler.resume!(this, tag, result);
     }
   }
 
-  #isServing(tag: number): boolean {
-    return this.#state[tag] === SERVING || this.#state[tag] === SERVING_REGISTERED;
+  private isServing(tag: number): boolean {
+    return this.states[tag] === SERVING || this.states[tag] === SERVING_REGISTERED;
   }
 
-  #mustRegister(tag: number): boolean {
-    if (this.#copies) return false;
-    if (!this.#registersAll) return (this.flags(tag) & UBLK_IO_F_NEED_REG_BUF) !== 0;
+  private mustRegister(tag: number): boolean {
+    if (this.copies) return false;
+    if (!this.registersAll) return (this.flags(tag) & UBLK_IO_F_NEED_REG_BUF) !== 0;
     const op = this.op(tag);
     return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
   }
 
-  #retire(tag: number, result: number): void {
-    this.#state[tag] = RETIRED;
-    this.#liveTags--;
+  private retire(tag: number, result: number): void {
+    this.states[tag] = RETIRED;
+    this.liveTags--;
     if (result !== -ERRNO.ENODEV) throw UblkError.from(result, "FETCH a request");
   }
 }

@@ -56,8 +56,10 @@ export const EVENT_WAKE = 2;
  * the second is a command's value, an event's result. shim/layout.zig has the others.
  */
 export const TAG_BITS = 16;
-export const COMMAND_BYTES = 32;
-export const EVENT_BYTES = 8;
+export const TAG_MASK = 0xffff;
+/** Sizes in words of 32 bits. */
+export const COMMAND_WORDS = 8;
+export const EVENT_WORDS = 2;
 
 /** Size of a control command's payload area, in bytes, and how many there are. */
 export const PAYLOAD_BYTES = 8192;
@@ -162,8 +164,8 @@ export class Shim {
     };
     return {
       handle,
-      commands: region(0, (config.depth + 1) * COMMAND_BYTES),
-      events: region(1, (config.depth + 1) * EVENT_BYTES),
+      commands: region(0, (config.depth + 1) * 4 * COMMAND_WORDS),
+      events: region(1, (config.depth + 1) * 4 * EVENT_WORDS),
       buffers: region(2, config.depth * config.ioBytesMax),
       descriptors: region(3, config.descriptorBytes),
     };

@@ -17,22 +17,22 @@ export interface Place {
 }
 
 export class Layout {
-  readonly #extents: readonly Extent[];
-  readonly #chunkBytes: number;
+  private readonly extents: readonly Extent[];
+  private readonly chunkBytes: number;
   /** What all have together. */
   readonly sizeBytes: number;
   /** Where each file starts on the device, when they are one behind the other. */
-  readonly #starts: number[] = [];
+  private readonly starts: number[] = [];
   /** Every answer of `locate`, as it is called for each request. */
-  readonly #place: Place = { file: 0, at: 0, left: 0 };
+  private readonly place: Place = { file: 0, at: 0, left: 0 };
 
   /** @param chunkBytes what is on a file before the next one's turn; 0: all of it. */
   constructor(extents: readonly Extent[], chunkBytes: number) {
-    this.#extents = extents;
-    this.#chunkBytes = chunkBytes;
+    this.extents = extents;
+    this.chunkBytes = chunkBytes;
     let start = 0;
     for (const { sizeBytes } of extents) {
-      this.#starts.push(start);
+      this.starts.push(start);
       start += sizeBytes;
     }
     this.sizeBytes = start;
@@ -40,23 +40,23 @@ export class Layout {
 
   /** @returns where a byte of the device is; valid until the next call. */
   locate(offset: number): Place {
-    const place = this.#place;
-    const chunk = this.#chunkBytes;
+    const place = this.place;
+    const chunk = this.chunkBytes;
     let inFile: number;
     if (chunk === 0) {
       let file = 0;
-      while (offset >= this.#end(file)) file++;
+      while (offset >= this.end(file)) file++;
       place.file = file;
-      place.left = this.#end(file) - offset;
-      inFile = offset - this.#starts[file]!;
+      place.left = this.end(file) - offset;
+      inFile = offset - this.starts[file]!;
     } else {
       const inChunk = offset % chunk;
       const number = (offset - inChunk) / chunk;
-      place.file = number % this.#extents.length;
+      place.file = number % this.extents.length;
       place.left = chunk - inChunk;
-      inFile = (number - place.file) / this.#extents.length * chunk + inChunk;
+      inFile = (number - place.file) / this.extents.length * chunk + inChunk;
     }
-    place.at = this.#extents[place.file]!.offsetBytes + inFile;
+    place.at = this.extents[place.file]!.offsetBytes + inFile;
     return place;
   }
 
@@ -65,19 +65,19 @@ export class Layout {
    * file is one stretch there, from `before` its start to `before` its end.
    */
   before(file: number, offset: number): number {
-    const chunk = this.#chunkBytes;
+    const chunk = this.chunkBytes;
     const within = (bytes: number, most: number) => Math.min(Math.max(bytes, 0), most);
     if (chunk === 0) {
-      const start = this.#starts[file]!;
-      return within(offset - start, this.#end(file) - start);
+      const start = this.starts[file]!;
+      return within(offset - start, this.end(file) - start);
     }
-    const width = chunk * this.#extents.length;
+    const width = chunk * this.extents.length;
     const inTurn = offset % width;
     return (offset - inTurn) / width * chunk + within(inTurn - file * chunk, chunk);
   }
 
   /** Where a file's part ends on the device. The last one's does not: a device may grow in use. */
-  #end(file: number): number {
-    return this.#starts[file + 1] ?? Infinity;
+  private end(file: number): number {
+    return this.starts[file + 1] ?? Infinity;
   }
 }

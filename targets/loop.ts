@@ -431,61 +431,61 @@ const RETRIES_MAX = 64;
 
 /** Serves a device that is one file, or several. */
 export class LoopHandler implements RequestHandler {
-  readonly #spec: LoopSpec;
-  readonly #layout: Layout;
-  readonly #log: (text: string) => void;
-  readonly #ioBytesMax: number;
-  readonly #deviceBytes: ServeContext["deviceBytes"];
-  /** Bytes that are done: of the request, or of its part on `#file` when it carries no data. */
-  readonly #done: Float64Array;
-  readonly #phase: Uint8Array;
-  readonly #retries: Uint8Array;
+  private readonly spec: LoopSpec;
+  private readonly layout: Layout;
+  private readonly log: (text: string) => void;
+  private readonly ioBytesMax: number;
+  private readonly deviceBytes: ServeContext["deviceBytes"];
+  /** Bytes that are done: of the request, or of its part on `file` when it carries no data. */
+  private readonly done: Float64Array;
+  private readonly phase: Uint8Array;
+  private readonly retries: Uint8Array;
   /** The file that a request without data is at. */
-  readonly #file: Uint32Array;
+  private readonly file: Uint32Array;
 
   constructor(spec: LoopSpec, { depth, ioBytesMax, log, deviceBytes }: ServeContext) {
-    this.#spec = spec;
-    this.#layout = new Layout(spec.files, spec.chunkBytes);
-    this.#log = log;
-    this.#ioBytesMax = ioBytesMax;
-    this.#deviceBytes = deviceBytes;
-    this.#done = new Float64Array(depth);
-    this.#phase = new Uint8Array(depth);
-    this.#retries = new Uint8Array(depth);
-    this.#file = new Uint32Array(depth);
+    this.spec = spec;
+    this.layout = new Layout(spec.files, spec.chunkBytes);
+    this.log = log;
+    this.ioBytesMax = ioBytesMax;
+    this.deviceBytes = deviceBytes;
+    this.done = new Float64Array(depth);
+    this.phase = new Uint8Array(depth);
+    this.retries = new Uint8Array(depth);
+    this.file = new Uint32Array(depth);
   }
 
   handle(queue: Queue, tag: number): void {
-    this.#done[tag] = 0;
-    this.#phase[tag] = 0;
-    this.#retries[tag] = 0;
-    this.#file[tag] = 0;
-    this.#begin(queue, tag);
+    this.done[tag] = 0;
+    this.phase[tag] = 0;
+    this.retries[tag] = 0;
+    this.file[tag] = 0;
+    this.begin(queue, tag);
   }
 
   /** Starts the file operation for what is left of the request. */
-  #begin(queue: Queue, tag: number): void {
-    if (this.#phase[tag] === SYNCING) return this.#sync(queue, tag);
-    if (this.#phase[tag] === FILLING) {
-      const done = this.#done[tag]!;
-      return queue.read(tag, this.#spec.zeroFd, done, queue.bytes(tag) - done, 0);
+  private begin(queue: Queue, tag: number): void {
+    if (this.phase[tag] === SYNCING) return this.sync(queue, tag);
+    if (this.phase[tag] === FILLING) {
+      const done = this.done[tag]!;
+      return queue.read(tag, this.spec.zeroFd, done, queue.bytes(tag) - done, 0);
     }
     switch (queue.op(tag)) {
       case UBLK_IO_OP_READ: {
-        const { file, left, at } = this.#place(queue, tag);
-        return queue.read(tag, this.#spec.files[file]!.fd, this.#done[tag]!, left, at);
+        const { file, left, at } = this.place(queue, tag);
+        return queue.read(tag, this.spec.files[file]!.fd, this.done[tag]!, left, at);
       }
       case UBLK_IO_OP_WRITE: {
-        const { file, left, at } = this.#place(queue, tag);
-        const { fd } = this.#spec.files[file]!;
-        const durable = this.#isDurable(queue, tag) ? RWF_DSYNC : 0;
-        return queue.write(tag, fd, this.#done[tag]!, left, at, durable);
+        const { file, left, at } = this.place(queue, tag);
+        const { fd } = this.spec.files[file]!;
+        const durable = this.isDurable(queue, tag) ? RWF_DSYNC : 0;
+        return queue.write(tag, fd, this.done[tag]!, left, at, durable);
       }
       case UBLK_IO_OP_FLUSH:
-        return this.#sync(queue, tag);
+        return this.sync(queue, tag);
       case UBLK_IO_OP_DISCARD:
       case UBLK_IO_OP_WRITE_ZEROES:
-        return this.#clear(queue, tag);
+        return this.clear(queue, tag);
       default:
         return queue.commit(tag, -ERRNO.EOPNOTSUPP);
     }
@@ -493,34 +493,34 @@ export class LoopHandler implements RequestHandler {
 
   resume(queue: Queue, tag: number, result: number): void {
     if (result === -ERRNO.EAGAIN || result === -ERRNO.EINTR) {
-      if (this.#retries[tag]!++ < RETRIES_MAX) return this.#begin(queue, tag);
+      if (this.retries[tag]!++ < RETRIES_MAX) return this.begin(queue, tag);
     }
-    if (this.#phase[tag] === SYNCING) return this.#synced(queue, tag, result);
-    if (this.#phase[tag] === ZEROING) return this.#zeroed(queue, tag, result);
+    if (this.phase[tag] === SYNCING) return this.synced(queue, tag, result);
+    if (this.phase[tag] === ZEROING) return this.zeroed(queue, tag, result);
     switch (queue.op(tag)) {
       case UBLK_IO_OP_READ:
-        return this.#read(queue, tag, result);
+        return this.read(queue, tag, result);
       case UBLK_IO_OP_WRITE:
-        return this.#wrote(queue, tag, result);
+        return this.wrote(queue, tag, result);
       case UBLK_IO_OP_FLUSH:
-        return this.#synced(queue, tag, result);
+        return this.synced(queue, tag, result);
       default:
-        return this.#cleared(queue, tag, result);
+        return this.cleared(queue, tag, result);
     }
   }
 
-  #read(queue: Queue, tag: number, result: number): void {
-    if (result < 0) return this.#fail(queue, tag, result);
-    const done = this.#done[tag]! += result;
+  private read(queue: Queue, tag: number, result: number): void {
+    if (result < 0) return this.fail(queue, tag, result);
+    const done = this.done[tag]! += result;
     const bytes = queue.bytes(tag);
     if (done === bytes) return queue.commit(tag, bytes);
-    if (this.#phase[tag] !== FILLING && this.#isBehindFile(queue.offset(tag) + done)) {
-      this.#phase[tag] = FILLING;
-      return this.#begin(queue, tag);
+    if (this.phase[tag] !== FILLING && this.isBehindFile(queue.offset(tag) + done)) {
+      this.phase[tag] = FILLING;
+      return this.begin(queue, tag);
     }
-    if (result > 0) return this.#begin(queue, tag);
-    const { path } = this.#spec.files[this.#place(queue, tag).file]!;
-    this.#log(`${path} was cut short while in use: reads behind its new end fail`);
+    if (result > 0) return this.begin(queue, tag);
+    const { path } = this.spec.files[this.place(queue, tag).file]!;
+    this.log(`${path} was cut short while in use: reads behind its new end fail`);
     queue.commit(tag, -ERRNO.EIO);
   }
 
@@ -528,105 +528,105 @@ export class LoopHandler implements RequestHandler {
    * Whether a read that ends at this offset may have met the end of the file: it lies in the
    * device's last block, which the file need not fill. A resized device has another last block.
    */
-  #isBehindFile(offset: number): boolean {
-    const { files, blockBytes } = this.#spec;
-    const { sizeBytes } = this.#layout;
-    const sizeNow = this.#deviceBytes() ?? sizeBytes;
+  private isBehindFile(offset: number): boolean {
+    const { files, blockBytes } = this.spec;
+    const { sizeBytes } = this.layout;
+    const sizeNow = this.deviceBytes() ?? sizeBytes;
     if (sizeNow !== sizeBytes) return offset > sizeNow - blockBytes;
-    const { file, at } = this.#layout.locate(offset);
+    const { file, at } = this.layout.locate(offset);
     return at >= files[file]!.endBytes;
   }
 
-  #wrote(queue: Queue, tag: number, result: number): void {
-    if (result <= 0) return this.#fail(queue, tag, result === 0 ? -ERRNO.EIO : result);
-    const done = this.#done[tag]! += result;
+  private wrote(queue: Queue, tag: number, result: number): void {
+    if (result <= 0) return this.fail(queue, tag, result === 0 ? -ERRNO.EIO : result);
+    const done = this.done[tag]! += result;
     const bytes = queue.bytes(tag);
-    if (done < bytes) return this.#begin(queue, tag);
+    if (done < bytes) return this.begin(queue, tag);
     queue.commit(tag, bytes);
   }
 
   /** Where a READ or WRITE goes on, and for how long; valid until the next call. */
-  #place(queue: Queue, tag: number): Place {
-    const done = this.#done[tag]!;
-    const place = this.#layout.locate(queue.offset(tag) + done);
+  private place(queue: Queue, tag: number): Place {
+    const done = this.done[tag]!;
+    const place = this.layout.locate(queue.offset(tag) + done);
     place.left = Math.min(place.left, queue.bytes(tag) - done);
     return place;
   }
 
   /** Frees or zeroes what the request has on each file, one after the other. */
-  #clear(queue: Queue, tag: number): void {
-    const { files } = this.#spec;
+  private clear(queue: Queue, tag: number): void {
+    const { files } = this.spec;
     const offset = queue.offset(tag);
-    for (; this.#file[tag]! < files.length; this.#nextFile(tag)) {
-      const file = this.#file[tag]!;
+    for (; this.file[tag]! < files.length; this.nextFile(tag)) {
+      const file = this.file[tag]!;
       const { fd, offsetBytes } = files[file]!;
-      const from = this.#layout.before(file, offset) + this.#done[tag]!;
-      const left = this.#layout.before(file, offset + queue.bytes(tag)) - from;
+      const from = this.layout.before(file, offset) + this.done[tag]!;
+      const left = this.layout.before(file, offset + queue.bytes(tag)) - from;
       if (left <= 0) continue;
       const at = offsetBytes + from;
-      if (this.#phase[tag] === ZEROING) {
-        return queue.writeZeroes(tag, fd, Math.min(left, this.#ioBytesMax), at);
+      if (this.phase[tag] === ZEROING) {
+        return queue.writeZeroes(tag, fd, Math.min(left, this.ioBytesMax), at);
       }
       const keep = queue.op(tag) === UBLK_IO_OP_WRITE_ZEROES &&
         (queue.flags(tag) & UBLK_IO_F_NOUNMAP) !== 0;
       const mode = keep ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE;
       return queue.fallocate(tag, fd, mode | FALLOC_FL_KEEP_SIZE, at, left);
     }
-    if (queue.op(tag) === UBLK_IO_OP_DISCARD || !this.#isDurable(queue, tag)) {
+    if (queue.op(tag) === UBLK_IO_OP_DISCARD || !this.isDurable(queue, tag)) {
       return queue.commit(tag, 0);
     }
-    this.#phase[tag] = SYNCING;
-    this.#file[tag] = 0;
-    this.#sync(queue, tag);
+    this.phase[tag] = SYNCING;
+    this.file[tag] = 0;
+    this.sync(queue, tag);
   }
 
-  #nextFile(tag: number): void {
-    this.#file[tag]!++;
-    this.#done[tag] = 0;
-    this.#phase[tag] = 0;
+  private nextFile(tag: number): void {
+    this.file[tag]!++;
+    this.done[tag] = 0;
+    this.phase[tag] = 0;
   }
 
-  #cleared(queue: Queue, tag: number, result: number): void {
+  private cleared(queue: Queue, tag: number, result: number): void {
     const isHint = queue.op(tag) === UBLK_IO_OP_DISCARD;
     // A hint: a backing that cannot has kept its data, which is allowed.
     if (result >= 0 || isHint && result === -ERRNO.EOPNOTSUPP) {
-      this.#nextFile(tag);
+      this.nextFile(tag);
     } else if (result === -ERRNO.EOPNOTSUPP) {
-      this.#phase[tag] = ZEROING;
+      this.phase[tag] = ZEROING;
     } else {
-      return this.#fail(queue, tag, result);
+      return this.fail(queue, tag, result);
     }
-    this.#clear(queue, tag);
+    this.clear(queue, tag);
   }
 
-  #zeroed(queue: Queue, tag: number, result: number): void {
-    if (result <= 0) return this.#fail(queue, tag, result === 0 ? -ERRNO.EIO : result);
-    this.#done[tag]! += result;
-    this.#clear(queue, tag);
+  private zeroed(queue: Queue, tag: number, result: number): void {
+    if (result <= 0) return this.fail(queue, tag, result === 0 ? -ERRNO.EIO : result);
+    this.done[tag]! += result;
+    this.clear(queue, tag);
   }
 
   /** Whether what the request writes must be durable before it is answered. */
-  #isDurable(queue: Queue, tag: number): boolean {
-    return this.#spec.alwaysDurable || (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
+  private isDurable(queue: Queue, tag: number): boolean {
+    return this.spec.alwaysDurable || (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
   }
 
   /** Makes everything on a file durable, and then on the next. */
-  #sync(queue: Queue, tag: number): void {
-    queue.fsync(tag, this.#spec.files[this.#file[tag]!]!.fd, IORING_FSYNC_DATASYNC);
+  private sync(queue: Queue, tag: number): void {
+    queue.fsync(tag, this.spec.files[this.file[tag]!]!.fd, IORING_FSYNC_DATASYNC);
   }
 
-  #synced(queue: Queue, tag: number, result: number): void {
-    if (result < 0) return this.#fail(queue, tag, result);
-    this.#file[tag]!++;
-    if (this.#file[tag]! < this.#spec.files.length) return this.#sync(queue, tag);
+  private synced(queue: Queue, tag: number, result: number): void {
+    if (result < 0) return this.fail(queue, tag, result);
+    this.file[tag]!++;
+    if (this.file[tag]! < this.spec.files.length) return this.sync(queue, tag);
     queue.commit(tag, 0);
   }
 
-  #fail(queue: Queue, tag: number, result: number): void {
+  private fail(queue: Queue, tag: number, result: number): void {
     const moves = queue.op(tag) === UBLK_IO_OP_READ || queue.op(tag) === UBLK_IO_OP_WRITE;
-    const file = moves ? this.#place(queue, tag).file : this.#file[tag]!;
+    const file = moves ? this.place(queue, tag).file : this.file[tag]!;
     const op = OP_NAMES.get(queue.op(tag)) ?? queue.op(tag);
-    this.#log(`${op} on ${this.#spec.files[file]!.path} fails: ${errnoName(-result)}`);
+    this.log(`${op} on ${this.spec.files[file]!.path} fails: ${errnoName(-result)}`);
     queue.commit(tag, result);
   }
 }

@@ -18,20 +18,18 @@ import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
 import { pack } from "../abi/struct.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import {
-  COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FETCH,
-  EVENT_BYTES,
+  COMMAND_WORDS,
   EVENT_REQUEST,
+  EVENT_WORDS,
   type QueueConfig,
   type QueueMemory,
   Shim,
   TAG_BITS,
+  TAG_MASK,
 } from "../ffi/mod.ts";
 
-const COMMAND_WORDS = COMMAND_BYTES / 4;
-const EVENT_WORDS = EVENT_BYTES / 4;
-const TAG_MASK = (1 << TAG_BITS) - 1;
 const DESCRIPTOR_BYTES = UBLKSRV_IO_DESC.size;
 const PAGE_BYTES = 4096;
 

@@ -39,16 +39,16 @@ import { UblkError, UsageError } from "../../core/error.ts";
 import { Queue } from "../../core/queue.ts";
 import type { OpenTarget, RequestHandler } from "../../core/target.ts";
 import {
-  COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FALLOCATE,
   COMMAND_FETCH,
   COMMAND_FSYNC,
   COMMAND_READ,
+  COMMAND_WORDS,
   COMMAND_WRITE,
   COMMAND_WRITE_ZEROES,
-  EVENT_BYTES,
   EVENT_FILE,
+  EVENT_WORDS,
   type QueueConfig,
   type QueueMemory,
   Shim,
@@ -125,7 +125,7 @@ class BlockLayer extends Shim {
 
   #step(step: Shim["native"]["ubd_step"], handle: number, count: number, wait: number): number {
     const words = new Int32Array(this.#memory.commands);
-    for (let at = 0; at < count * COMMAND_BYTES / 4; at += COMMAND_BYTES / 4) {
+    for (let at = 0; at < count * COMMAND_WORDS; at += COMMAND_WORDS) {
       const [head, value, flags] = [words[at]!, words[at + 1]!, words[at + 2]!];
       const [op, tag] = [head >>> TAG_BITS, head & 0xffff];
       if (op === COMMAND_COMMIT) this.#answer(tag, value);
@@ -143,7 +143,7 @@ class BlockLayer extends Shim {
       events = step(handle, 0, 0);
     }
     for (let index = 0; index < events; index++) {
-      const event = new Int32Array(this.#memory.events, index * EVENT_BYTES, 2);
+      const event = new Int32Array(this.#memory.events, index * 4 * EVENT_WORDS, 2);
       if (event[0]! >>> TAG_BITS === EVENT_FILE) event[1] = this.onResult(event[1]!);
     }
     return events;

@@ -27,15 +27,15 @@ import { UblkError } from "../../core/error.ts";
 import { Queue } from "../../core/queue.ts";
 import type { RequestHandler } from "../../core/target.ts";
 import {
-  COMMAND_BYTES,
   COMMAND_COMMIT,
   COMMAND_FETCH,
   COMMAND_GET_DATA,
   COMMAND_REGISTER,
   COMMAND_UNREGISTER,
-  EVENT_BYTES,
+  COMMAND_WORDS,
   EVENT_FILE,
   EVENT_REQUEST,
+  EVENT_WORDS,
   type QueueConfig,
   type QueueMemory,
   Shim,
@@ -68,7 +68,7 @@ class SpyShim extends Shim {
 
   #step(step: Shim["native"]["ubd_step"], handle: number, count: number, wait: number): number {
     const words = new Int32Array(this.memory.commands);
-    for (let at = 0; at < count * COMMAND_BYTES / 4; at += COMMAND_BYTES / 4) {
+    for (let at = 0; at < count * COMMAND_WORDS; at += COMMAND_WORDS) {
       const [head, value] = [words[at]!, words[at + 1]!];
       this.commands.push([head >>> TAG_BITS, head & 0xffff, value]);
     }
@@ -80,8 +80,8 @@ class SpyShim extends Shim {
       events = step(handle, 0, 0);
     }
     if (++this.#turns > 100_000) throw new Error("the queue does not end");
-    const eventWords = new Int32Array(this.memory.events, 0, events * EVENT_BYTES / 4);
-    for (let at = 0; at < eventWords.length; at += EVENT_BYTES / 4) {
+    const eventWords = new Int32Array(this.memory.events, 0, events * EVENT_WORDS);
+    for (let at = 0; at < eventWords.length; at += EVENT_WORDS) {
       const [head, result] = [eventWords[at]!, eventWords[at + 1]!];
       const event = { kind: head >>> TAG_BITS, tag: head & 0xffff, result };
       this.onEvent(event);

@@ -32,10 +32,10 @@ import {
 } from "../../abi/ublk_structs.ts";
 import { loadShim, SHIM_VERSION } from "../../ffi/load.ts";
 import {
-  COMMAND_BYTES,
   COMMAND_FETCH,
   COMMAND_READ,
   COMMAND_WAKE,
+  COMMAND_WORDS,
   COMMAND_WRITE,
   COMMAND_WRITE_ZEROES,
   PAYLOAD_COUNT,
@@ -236,7 +236,7 @@ test("the eventfd is rung only after a step that took and brought nothing", asyn
   assert.ok(typeof memory !== "number");
   const commands = new Int32Array(memory.commands);
   const step = (...ops: number[]) => {
-    for (const [at, op] of ops.entries()) commands[at * COMMAND_BYTES / 4] = op << TAG_BITS;
+    for (const [at, op] of ops.entries()) commands[at * COMMAND_WORDS] = op << TAG_BITS;
     return native.ubd_step(memory.handle, ops.length, 0);
   };
   const isRung = async () => {
