@@ -201,27 +201,30 @@ export class Queue implements Disposable {
    * retry, so both become EIO, as does a count that exceeds the request.
    */
   commit(tag: number, result: number): void {
-    const state = this.states[tag]!;
-    const registered = state === SERVING_REGISTERED;
-    if (!registered && state !== SERVING) {
-      throw new AssertionError("commit of a tag that serves no request");
-    }
+    // Short, so that it is compiled as a part of its caller: what is rare is elsewhere.
     const op = this.op(tag);
-    if (result < 0) {
-      if (result === -ERRNO.EAGAIN) result = -ERRNO.EIO;
-    } else if (op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE) {
-      if (result === 0 || result > this.bytes(tag)) result = -ERRNO.EIO;
-    }
-    countRequest(this.stats, op, result);
-    if (registered) {
-      this.results[tag] = result;
-      this.states[tag] = UNREGISTERING;
-      this.command(COMMAND_UNREGISTER, tag, 0);
-    } else {
+    if (result <= 0 || result > this.bytes(tag)) result = this.answerOf(tag, op, result);
+    if (this.states[tag] === SERVING) {
       this.states[tag] = FETCHED;
       this.command(COMMAND_COMMIT, tag, result);
-    }
+    } else this.unregister(tag, result);
+    countRequest(this.stats, op, result);
     if (this.goOn) this.goOn();
+  }
+
+  /** What a request is to be answered with that has not simply moved data. */
+  private answerOf(tag: number, op: number, result: number): number {
+    if (result < 0) return result === -ERRNO.EAGAIN ? -ERRNO.EIO : result;
+    const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
+    return moves && (result === 0 || result > this.bytes(tag)) ? -ERRNO.EIO : result;
+  }
+
+  /** The first half of a commit where this queue has registered the buffer. */
+  private unregister(tag: number, result: number): void {
+    assert(this.states[tag] === SERVING_REGISTERED, "commit of a tag that serves no request");
+    this.results[tag] = result;
+    this.states[tag] = UNREGISTERING;
+    this.command(COMMAND_UNREGISTER, tag, 0);
   }
 
   /** Ends `runOnEventLoop` with this error: for what fails between its turns. */
@@ -371,8 +374,17 @@ export class Queue implements Disposable {
         continue;
       }
       try {
-        if (kind === EVENT_REQUEST) this.arrived(tag, result, handler);
-        else this.completed(tag, result, handler);
+        if (kind !== EVENT_REQUEST) this.completed(tag, result, handler);
+        else if (result !== 0) this.refused(tag, result, handler);
+        else if (this.states[tag] !== FETCHED) {
+          throw new AssertionError("request on a tag that was not fetched");
+        } else if (!this.copies && this.mustRegister(tag)) {
+          this.states[tag] = REGISTERING;
+          this.command(COMMAND_REGISTER, tag, 0);
+        } else {
+          this.states[tag] = SERVING;
+          handler.handle(this, tag);
+        }
       } catch (error) {
         if (error instanceof AssertionError || error instanceof UblkError) throw error;
         failed(error);
@@ -382,24 +394,16 @@ export class Queue implements Disposable {
     return events;
   }
 
-  /** The driver has a request for the tag, or takes it back. */
-  private arrived(tag: number, result: number, handler: RequestHandler): void {
-    if (this.states[tag] !== FETCHED) {
-      throw new AssertionError("request on a tag that was not fetched");
-    }
-    if (result !== 0) {
-      // A WRITE whose data is to be asked for. The answer is as that of a FETCH: the driver may
-      // have put the request back, and come with another.
-      if (result === UBLK_IO_RES_NEED_GET_DATA) return void this.command(COMMAND_GET_DATA, tag, 0);
-      this.retire(tag, result);
-      handler.stopping?.();
-    } else if (this.mustRegister(tag)) {
-      this.states[tag] = REGISTERING;
-      this.command(COMMAND_REGISTER, tag, 0);
-    } else {
-      this.states[tag] = SERVING;
-      handler.handle(this, tag);
-    }
+  /** The driver takes the tag back, or waits for something. */
+  private refused(tag: number, result: number, handler: RequestHandler): void {
+    assert(this.states[tag] === FETCHED, "a tag that was not fetched is refused");
+    // A WRITE whose data is to be asked for. The answer is as that of a FETCH: the driver may
+    // have put the request back, and come with another.
+    if (result === UBLK_IO_RES_NEED_GET_DATA) return void this.command(COMMAND_GET_DATA, tag, 0);
+    this.states[tag] = RETIRED;
+    this.liveTags--;
+    if (result !== -ERRNO.ENODEV) throw UblkError.from(result, "FETCH a request");
+    handler.stopping?.();
   }
 
   /** A file operation has ended, or the tag's buffer is registered, or is so no more. */
@@ -427,15 +431,8 @@ export class Queue implements Disposable {
   }
 
   private mustRegister(tag: number): boolean {
-    if (this.copies) return false;
     if (!this.registersAll) return (this.flags(tag) & UBLK_IO_F_NEED_REG_BUF) !== 0;
     const op = this.op(tag);
     return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
-  }
-
-  private retire(tag: number, result: number): void {
-    this.states[tag] = RETIRED;
-    this.liveTags--;
-    if (result !== -ERRNO.ENODEV) throw UblkError.from(result, "FETCH a request");
   }
 }

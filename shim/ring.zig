@@ -118,6 +118,8 @@ pub const Queue = struct {
     renewed: bool,
     /// io_bytes_max of zeroes, never written and so never more than the kernel's one zero page.
     zeroes: usize,
+    /// A FETCH and a COMMIT are an SQE each, and the shim copies no data.
+    plain: bool,
     /// The character device is the ring's file 0.
     registered: bool,
     /// Landing place of the wake-up read; its value has no meaning.
@@ -146,6 +148,7 @@ pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
     queue.commands = @ptrFromInt(base + head);
     queue.events = @ptrFromInt(base + head + capacity * @sizeOf(layout.Command));
     queue.addresses = @ptrFromInt(base + head + records);
+    queue.plain = !inBatches(queue) and config.data_mode != data_user;
     queue.sqe_bytes = if (config.sqe128 != 0) 128 else 64;
 
     const result = queueAcquire(queue);
@@ -359,8 +362,18 @@ pub fn pending(ring: *Ring) u32 {
 
 /// There must be room.
 fn put(queue: *Queue, command: *const layout.Command) i32 {
-    if (inBatches(queue) and command.op <= command_commit) {
-        if (command.tag >= queue.config.depth) return -sys.EINVAL;
+    if (command.tag >= queue.config.depth) return -sys.EINVAL;
+    if (command.op > command_commit or !queue.plain) return putOther(queue, command);
+    // What each request has, and so without a call.
+    const op = if (command.op == command_commit) queue.config.commit_op else queue.config.fetch_op;
+    const sqe = nextSqe(&queue.ring, queue.sqe_bytes);
+    packIo(queue, command, sqe, op, command.value, queue.addresses[command.tag]);
+    if (queue.config.data_mode == data_automatic) sqe.addr = @as(u32, command.tag) | auto_reg_fallback;
+    return 0;
+}
+
+noinline fn putOther(queue: *Queue, command: *const layout.Command) i32 {
+    if (command.op <= command_commit and inBatches(queue)) {
         batch.gather(queue, command);
         return 0;
     }
@@ -377,9 +390,9 @@ pub fn nextCommand(queue: *Queue, op: u32) *layout.Sqe {
     return sqe;
 }
 
-/// Makes it a command for the character device.
+/// Makes it a command for the character device; without one a NOP, which heeds nothing else.
 fn aim(queue: *const Queue, sqe: *layout.Sqe) void {
-    sqe.opcode = op_uring_cmd;
+    sqe.opcode = if (queue.config.fetch_op == 0) op_nop else op_uring_cmd;
     sqe.fd = if (queue.registered) 0 else queue.config.char_fd;
     if (queue.registered) sqe.flags = sqe_fixed_file;
 }
@@ -390,45 +403,34 @@ pub fn answer(queue: *Queue, command: *const layout.Command) i32 {
     return if (gives) giveData(queue, command.tag, command.value) else command.value;
 }
 
+inline fn packIo(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe, op: u32, result: i32, address: u64) void {
+    sqe.user_data = command.tag | @as(u32, command.op) << 16;
+    const io: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
+    io.* = .{
+        .q_id = @intCast(queue.config.queue_id),
+        .tag = command.tag,
+        .result = result,
+        .addr = address,
+    };
+    sqe.off = op;
+    aim(queue, sqe);
+}
+
 fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
-    if (command.op == command_wake) {
-        sqe.opcode = op_read;
-        sqe.fd = queue.config.wake_fd;
-        sqe.addr = @intFromPtr(&queue.wake_count);
-        sqe.len = 8;
-        sqe.user_data = command_wake << 16;
-        return 0;
-    }
-    if (command.tag >= queue.config.depth) return -sys.EINVAL;
     sqe.user_data = command.tag | @as(u32, command.op) << 16;
     const buffer = queue.addresses[command.tag];
     switch (command.op) {
-        command_fetch, command_commit, command_register, command_unregister, command_get_data => {
-            const result = answer(queue, command);
-            if (queue.config.fetch_op == 0) {
-                sqe.opcode = op_nop;
-                return 0;
-            }
-            aim(queue, sqe);
-            sqe.off = switch (command.op) {
-                command_fetch => queue.config.fetch_op,
-                command_commit => queue.config.commit_op,
-                command_register => queue.config.register_op,
-                command_get_data => queue.config.get_data_op,
-                else => queue.config.unregister_op,
-            };
-            const names_buffer = command.op == command_register or command.op == command_unregister;
-            if (!names_buffer and queue.config.data_mode == data_automatic) {
-                sqe.addr = @as(u32, command.tag) | auto_reg_fallback;
-            }
-            const io: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
-            io.* = .{
-                .q_id = @intCast(queue.config.queue_id),
-                .tag = @intCast(command.tag),
-                .result = result,
-                .addr = if (names_buffer) command.tag else if (queue.config.data_mode == data_user) 0 else buffer,
-            };
+        command_wake => {
+            sqe.opcode = op_read;
+            sqe.fd = queue.config.wake_fd;
+            sqe.addr = @intFromPtr(&queue.wake_count);
+            sqe.len = 8;
         },
+        command_fetch => packIo(queue, command, sqe, queue.config.fetch_op, 0, 0),
+        command_commit => packIo(queue, command, sqe, queue.config.commit_op, answer(queue, command), 0),
+        command_register => packIo(queue, command, sqe, queue.config.register_op, 0, command.tag),
+        command_unregister => packIo(queue, command, sqe, queue.config.unregister_op, 0, command.tag),
+        command_get_data => packIo(queue, command, sqe, queue.config.get_data_op, 0, buffer),
         command_read, command_write, command_write_zeroes => {
             const length = sys.fileOffset(command.length) orelse return -sys.EINVAL;
             if (length + command.buffer_offset > queue.config.io_bytes_max) return -sys.EINVAL;
