@@ -181,7 +181,7 @@ function recipes(plan: Plan, { target, contenders }: Group): Recipe[] {
     ubd("ubd", UBD),
     ...(isNull
       ? [ubd("ubd, zero copy", UBD, "-z"), ubd("ubd on Deno", UBD_ON_DENO)]
-      : [ubd("ubd, copying", UBD, "--zero-copy=off")]),
+      : [ubd("ubd, copying", UBD, "--zero-copy=off", "--max-io-size", "1M")]),
     ...has("kublk", [kublk("kublk"), kublk("kublk, zero copy", "--auto_zc")]),
     ...has("rublk", [rublk("rublk"), rublk("rublk, zero copy", "-z")]),
     ...has("qemu-nbd", [{

@@ -101,7 +101,7 @@ const DEFAULT: Plan = {
   repeats: 3,
   seconds: 1,
   rampSeconds: 0.3,
-  warmUpSeconds: 8,
+  warmUpSeconds: 14,
   fileMiB: 512,
   idleDevices: [1, 16],
   idleSeconds: 20,
