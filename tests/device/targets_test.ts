@@ -185,7 +185,7 @@ function plantBug(scene: Scene): string {
   symlinkSync(join(ROOT, "node_modules"), join(copy, "node_modules"));
   const loop = join(copy, "targets/loop.ts");
   const source = readFileSync(loop, "utf8");
-  const flush = /(case UBLK_IO_OP_FLUSH:\s+return) this\.#sync\(queue, tag\);/;
+  const flush = /(case UBLK_IO_OP_FLUSH:\s+return) this\.sync\(queue, tag\);/;
   assert.match(source, flush);
   writeFileSync(loop, source.replace(flush, "$1 queue.commit(tag, 0);"));
   return join(copy, "cli/main.ts");
