@@ -113,10 +113,7 @@ static void set_up(unsigned depth) {
     };
     int result = -EINVAL;
     for (unsigned i = 0; i < 3 && result == -EINVAL; i++) {
-        struct io_uring_params params = {
-            .flags = variants[i] | IORING_SETUP_CQSIZE,
-            .cq_entries = 2 * power_of_two(depth + 1),
-        };
+        struct io_uring_params params = {.flags = variants[i]};
         result = io_uring_queue_init_params(power_of_two(depth + 1), &ring, &params);
     }
     if (result < 0) die("cannot set up a ring", -result);

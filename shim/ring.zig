@@ -27,7 +27,6 @@ extern fn io_uring_unregister_files(ring: *Ring) c_int;
 extern fn io_uring_register_buffers_sparse(ring: *Ring, count: c_uint) c_int;
 extern fn io_uring_register_buffers_update_tag(ring: *Ring, index: c_uint, iovecs: *const sys.IoVec, tags: *const u64, count: c_uint) c_int;
 
-const setup_cqsize: u32 = 1 << 3;
 const setup_coop_taskrun: u32 = 1 << 8;
 const setup_taskrun_flag: u32 = 1 << 9;
 const setup_sqe128: u32 = 1 << 10;
@@ -222,8 +221,7 @@ fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
     var result: i32 = 0;
     for (variants) |flags| {
         var params = std.mem.zeroes(layout.Params);
-        params.flags = flags | setup_cqsize | if (sqe128) setup_sqe128 else 0;
-        params.cq_entries = 2 * sys.powerOfTwo(entries + 1);
+        params.flags = flags | if (sqe128) setup_sqe128 else 0;
         result = io_uring_queue_init_params(sys.powerOfTwo(entries + 1), ring, &params);
         if (result != -sys.EINVAL) break;
     }
