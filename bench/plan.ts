@@ -78,6 +78,8 @@ export interface Plan {
   /** Of each measurement, without the ramp. */
   seconds: number;
   rampSeconds: number;
+  /** Seconds are thousand millions of instructions, and the loop's files are in memory. */
+  instructionClock?: boolean;
   /** Of load on each server before its first measurement. */
   warmUpSeconds: number;
   /** Size of the file behind each loop device. */
@@ -140,6 +142,25 @@ export const PRESETS = {
     idleSeconds: 1,
     starts: 1,
     programs: ["kublk"],
+  },
+  instructions: {
+    ...DEFAULT,
+    ringDepths: [],
+    groups: (["null", "loop"] as const).map((target) => ({
+      name: target,
+      target,
+      queues: 1,
+      cases: [READ_64, WRITE_64, READ_128K, READ_1M],
+    })),
+    instructionClock: true,
+    repeats: 2,
+    seconds: 0.5,
+    rampSeconds: 0,
+    warmUpSeconds: 6,
+    fileMiB: 64,
+    idleDevices: [],
+    starts: 0,
+    programs: ["kublk", "rublk"],
   },
   default: DEFAULT,
   full: {

@@ -65,6 +65,11 @@ export interface GuestOptions {
   timeoutS?: number;
   /** Host directory that is /results in the guest; made if absent. */
   resultsDir?: string;
+  /**
+   * The guest's clock counts instructions, a nanosecond each: what a load costs there is the same
+   * every time, whatever else the host does. All processors take turns in one thread.
+   */
+  instructionClock?: boolean;
   /** Whether ublk_drv is loaded before the command; true unless given. */
   driver?: boolean;
   /** Added to the command's environment. */
@@ -99,7 +104,9 @@ export async function runInGuest(options: GuestOptions): Promise<GuestResult> {
   const { kernel = "newest", timeoutS = 600 } = options;
   await ensureHostPackages(HOST_PACKAGES);
   const [images, root] = await Promise.all([kernelImages(kernel), rootImage()]);
-  const acceleration = await probeAcceleration(kernel, images);
+  const acceleration = options.instructionClock
+    ? ["-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=0,sleep=off,align=off"]
+    : await probeAcceleration(kernel, images);
 
   const directory = makeRunDirectory();
   const cleanUp = () => rmSync(directory, { recursive: true, force: true });
