@@ -139,7 +139,7 @@ export async function runInGuest(options: GuestOptions): Promise<GuestResult> {
     let run = await boot();
     // Under emulation one processor may run code that another is patching: now and then a kernel
     // dies of that as it boots ("Oops: int3"), before anything of ours has run.
-    if (!existsSync(join(directory, "host/started"))) {
+    for (let more = 3; more > 0 && !existsSync(join(directory, "host/started")); more--) {
       process.stderr.write("vm: the guest died as it booted; once more\n");
       run = await boot();
     }
