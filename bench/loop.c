@@ -11,12 +11,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
+#include <sys/timerfd.h>
 #include <time.h>
 
-#define CHUNK 10000
 #define READ 0
 #define WRITE 1
 #define WAKE 0xffff
@@ -28,16 +26,12 @@ struct io_desc {
 
 enum state { FREE, FETCHED, SERVING };
 
-struct tag {
-    enum state state;
-    __u32 op_flags, nr_sectors;
-    __u64 start_sector;
-};
-
 static struct io_uring ring;
 static volatile struct io_desc *descs;
-static struct tag *tags;
-static struct { __u64 requests, bytes, errors; } stats[32];
+static unsigned char *states;
+static struct {
+    __u64 requests, bytes, errors;
+} stats[32];
 
 static void die(const char *what, int error) {
     fprintf(stderr, "loop: %s: %s\n", what, strerror(error));
@@ -50,41 +44,50 @@ static double seconds_of(clockid_t clock) {
     return now.tv_sec + now.tv_nsec * 1e-9;
 }
 
-static double until, since, cpu_since;
-static long served;
-static int left = CHUNK;
-
-/* Called for every CHUNKth request: has the time passed, reports and waits for the next order. */
-static void look_at_the_clock(void) {
+/* The time is over: reports, and waits for the next order. */
+static void report(int timer) {
+    static double since, cpu_since;
+    static __u64 served;
     double now = seconds_of(CLOCK_MONOTONIC), seconds;
-    left = CHUNK;
-    served += CHUNK;
-    if (now < until) return;
-    if (until > 0) {
-        printf("%ld %.9f %.9f\n", served, now - since,
+    if (since > 0) {
+        printf("%llu %.9f %.9f\n", stats[READ].requests - served, now - since,
                seconds_of(CLOCK_PROCESS_CPUTIME_ID) - cpu_since);
         fflush(stdout);
     }
     if (scanf("%lf", &seconds) != 1) exit(0);
-    served = 0;
+    struct itimerspec end = {.it_value.tv_sec = seconds};
+    end.it_value.tv_nsec = (seconds - end.it_value.tv_sec) * 1e9;
+    if (timerfd_settime(timer, 0, &end, NULL) < 0) die("cannot set a timer", errno);
+    served = stats[READ].requests;
     cpu_since = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
     since = seconds_of(CLOCK_MONOTONIC);
-    until = since + seconds;
+}
+
+static struct io_uring_sqe *next_sqe(void) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring);
+    if (!sqe) die("a full ring", EBUSY);
+    return sqe;
 }
 
 static void command(unsigned tag) {
-    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring);
-    if (!sqe) die("a full ring", EBUSY);
+    struct io_uring_sqe *sqe = next_sqe();
     io_uring_prep_nop(sqe);
     io_uring_sqe_set_data64(sqe, tag);
 }
 
+/* What core/queue.ts reads from an eventfd is here the timer's. */
+static void await_wake(int timer) {
+    static __u64 wake_count;
+    struct io_uring_sqe *sqe = next_sqe();
+    io_uring_prep_read(sqe, timer, &wake_count, sizeof(wake_count), 0);
+    io_uring_sqe_set_data64(sqe, WAKE);
+}
+
 static void commit(unsigned tag, int result) {
-    struct tag *it = &tags[tag];
-    unsigned op = it->op_flags & 0xff;
-    if (it->state != SERVING) die("a commit without a request", EINVAL);
-    it->state = FETCHED;
-    if ((op == READ || op == WRITE) && (result == 0 || (__u32)result > it->nr_sectors << 9))
+    unsigned op = descs[tag].op_flags & 0xff;
+    if (states[tag] != SERVING) die("a commit without a request", EINVAL);
+    states[tag] = FETCHED;
+    if ((op == READ || op == WRITE) && (result == 0 || (__u32)result > descs[tag].nr_sectors << 9))
         result = -EIO;
     if (result == -EAGAIN) result = -EIO;
     stats[op & 31].requests++;
@@ -94,9 +97,8 @@ static void commit(unsigned tag, int result) {
 }
 
 static void handle(unsigned tag) {
-    unsigned op = tags[tag].op_flags & 0xff;
-    if (--left == 0) look_at_the_clock();
-    commit(tag, op == READ || op == WRITE ? (int)(tags[tag].nr_sectors << 9) : 0);
+    unsigned op = descs[tag].op_flags & 0xff;
+    commit(tag, op == READ || op == WRITE ? (int)(descs[tag].nr_sectors << 9) : 0);
 }
 
 static unsigned power_of_two(unsigned value) {
@@ -120,27 +122,25 @@ static void set_up(unsigned depth) {
     io_uring_register_ring_fd(&ring);
     descs = mmap(NULL, depth * sizeof(*descs), PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    tags = calloc(depth, sizeof(*tags));
-    if (descs == MAP_FAILED || !tags) die("cannot map memory", ENOMEM);
+    states = calloc(depth, sizeof(*states));
+    if (descs == MAP_FAILED || !states) die("cannot map memory", ENOMEM);
 }
 
 int main(int argc, char **argv) {
     unsigned depth = argc > 1 ? atoi(argv[1]) : 0;
     if (depth < 1 || depth > 4096) die("usage: loop DEPTH", EINVAL);
     set_up(depth);
-    int wake = eventfd(0, EFD_CLOEXEC);
-    static __u64 wake_count;
+    int timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC);
+    if (timer < 0) die("cannot make a timer", errno);
     for (unsigned tag = 0; tag < depth; tag++) {
         descs[tag].op_flags = READ;
         descs[tag].nr_sectors = 8;
         descs[tag].start_sector = 8 * tag;
-        tags[tag].state = FETCHED;
+        states[tag] = FETCHED;
         command(tag);
     }
-    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring);
-    io_uring_prep_read(sqe, wake, &wake_count, sizeof(wake_count), 0);
-    io_uring_sqe_set_data64(sqe, WAKE);
-    look_at_the_clock();
+    await_wake(timer);
+    report(timer);
     for (;;) {
         int result = io_uring_submit_and_wait(&ring, 1);
         if (result < 0 && result != -EINTR) die("cannot enter the ring", -result);
@@ -149,13 +149,13 @@ int main(int argc, char **argv) {
         io_uring_for_each_cqe(&ring, head, cqe) {
             unsigned tag = cqe->user_data;
             count++;
-            if (tag == WAKE) continue;
-            struct tag *it = &tags[tag];
-            if (it->state != FETCHED || cqe->res != 0) die("a request out of turn", EINVAL);
-            it->state = SERVING;
-            it->op_flags = descs[tag].op_flags;
-            it->nr_sectors = descs[tag].nr_sectors;
-            it->start_sector = descs[tag].start_sector;
+            if (tag == WAKE) {
+                report(timer);
+                await_wake(timer);
+                continue;
+            }
+            if (states[tag] != FETCHED || cqe->res != 0) die("a request out of turn", EINVAL);
+            states[tag] = SERVING;
             handle(tag);
         }
         io_uring_cq_advance(&ring, count);

@@ -8,13 +8,13 @@
 import { readSync, writeSync } from "node:fs";
 import process from "node:process";
 import { URL } from "node:url";
-import { isMainThread, Worker, workerData } from "node:worker_threads";
+import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { UBLK_IO_OP_READ } from "../abi/ublk_cmd.ts";
 import { Queue } from "../core/queue.ts";
+import { emptyStats, sumStats } from "../core/stats.ts";
 import { type QueueConfig, type QueueMemory, Shim } from "../ffi/mod.ts";
 import { nullTarget } from "../targets/null.ts";
 
-const CHUNK = 10_000;
 const DESCRIPTOR_BYTES = 24;
 const SECTORS = 8;
 
@@ -49,7 +49,8 @@ function nextOrder(): number {
 function serve(depth: number): void {
   const shim = new DescribedShim();
   const wakeFd = shim.native.ubd_eventfd(0);
-  using queue = new Queue(shim, {
+  const stats = emptyStats();
+  const config = {
     charFd: -1,
     wakeFd,
     queueId: 0,
@@ -60,50 +61,45 @@ function serve(depth: number): void {
     sqe128: false,
     descriptorOffset: 0,
     descriptorBytes: Math.ceil(depth * DESCRIPTOR_BYTES / 4096) * 4096,
-  });
-  const { handle } = nullTarget.serve(null, {
+  };
+  using queue = new Queue(shim, config, stats);
+  const handler = nullTarget.serve(null, {
     depth,
     ioBytesMax: 512 * 1024,
     deviceBytes: () => undefined,
     log: console.error,
   });
 
-  let left = CHUNK;
-  let served = 0;
-  let sinceMs = 0;
-  let untilMs = 0;
-  let cpuSince = 0;
-  const lookAtTheClock = () => {
-    left = CHUNK;
-    served += CHUNK;
-    const nowMs = performance.now();
-    if (nowMs < untilMs) return;
-    if (untilMs > 0) {
-      writeSync(1, `${served} ${(nowMs - sinceMs) / 1000} ${cpuSeconds() - cpuSince}\n`);
+  // Nothing is done for a request but serving it: the main thread ends the measurement.
+  const now = () => ({
+    requests: sumStats([stats]).read.requests,
+    seconds: performance.now() / 1000,
+    cpuSeconds: cpuSeconds(),
+  });
+  let since: ReturnType<typeof now> | undefined;
+  const woken = () => {
+    if (since) {
+      const until = now();
+      const [requests, seconds, cpu] = (["requests", "seconds", "cpuSeconds"] as const)
+        .map((name) => until[name] - since![name]);
+      writeSync(1, `${requests} ${seconds} ${cpu}\n`);
     }
-    const seconds = nextOrder();
-    served = 0;
-    cpuSince = cpuSeconds();
-    sinceMs = performance.now();
-    untilMs = sinceMs + seconds * 1000;
+    parentPort!.postMessage({ wakeFd, seconds: nextOrder() });
+    since = now();
+    return false;
   };
-  lookAtTheClock();
-  queue.run(
-    {
-      handle(queue, tag) {
-        if (--left === 0) lookAtTheClock();
-        handle(queue, tag);
-      },
-    },
-    () => true,
-    (error) => {
-      throw error;
-    },
-  );
+  shim.native.ubd_wake(wakeFd);
+  queue.run(handler, woken, (error) => {
+    throw error;
+  });
 }
 
 if (isMainThread) {
+  const { native } = new Shim();
   const worker = new Worker(new URL(import.meta.url), { workerData: Number(process.argv[2]) });
+  worker.on("message", ({ wakeFd, seconds }: { wakeFd: number; seconds: number }) => {
+    setTimeout(() => native.ubd_wake(wakeFd), seconds * 1000);
+  });
   worker.on("error", (error) => {
     console.error(error);
     process.exit(1);
