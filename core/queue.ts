@@ -54,7 +54,7 @@ import {
 } from "../ffi/mod.ts";
 import { assert, AssertionError } from "./assert.ts";
 import { UblkError } from "./error.ts";
-import { countRequest, emptyStats } from "./stats.ts";
+import { emptyStats } from "./stats.ts";
 import type { RequestHandler } from "./target.ts";
 
 const FREE = 0;
@@ -85,7 +85,6 @@ export class Queue implements Disposable {
   /** The data of each tag. */
   private readonly buffers: Uint8Array<ArrayBuffer>[];
   private readonly states: Uint8Array;
-  private readonly stats: Float64Array;
   /** Every READ and WRITE is to be registered here; else those the driver has marked. */
   private readonly registersAll: boolean;
   private readonly copies: boolean;
@@ -104,7 +103,7 @@ export class Queue implements Disposable {
    * @throws {UblkError} EPERM: io_uring is disabled; ENOMEM; EMFILE.
    */
   constructor(shim: Shim, config: QueueConfig, stats: Float64Array = emptyStats()) {
-    const memory = shim.queueInit(config);
+    const memory = shim.queueInit({ ...config, stats });
     if (typeof memory === "number") throw UblkError.from(memory, "set up a ring");
     this.shim = shim;
     this.memory = memory;
@@ -119,7 +118,6 @@ export class Queue implements Disposable {
       { length: this.copies ? config.depth : 0 },
       (_, tag) => new Uint8Array(memory.buffers, tag * config.ioBytesMax, config.ioBytesMax),
     );
-    this.stats = stats;
     this.states = new Uint8Array(config.depth);
     this.registersAll = config.zeroCopy !== undefined && !config.zeroCopy.automatic;
     this.results = new Int32Array(config.depth);
@@ -202,19 +200,18 @@ export class Queue implements Disposable {
    */
   commit(tag: number, result: number): void {
     // Short, so that it is compiled as a part of its caller: what is rare is elsewhere.
-    const op = this.op(tag);
-    if (result <= 0 || result > this.bytes(tag)) result = this.answerOf(tag, op, result);
+    if (result <= 0 || result > this.bytes(tag)) result = this.answerOf(tag, result);
     if (this.states[tag] === SERVING) {
       this.states[tag] = FETCHED;
       this.command(COMMAND_COMMIT, tag, result);
     } else this.unregister(tag, result);
-    countRequest(this.stats, op, result);
     if (this.goOn) this.goOn();
   }
 
   /** What a request is to be answered with that has not simply moved data. */
-  private answerOf(tag: number, op: number, result: number): number {
+  private answerOf(tag: number, result: number): number {
     if (result < 0) return result === -ERRNO.EAGAIN ? -ERRNO.EIO : result;
+    const op = this.op(tag);
     const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
     return moves && (result === 0 || result > this.bytes(tag)) ? -ERRNO.EIO : result;
   }
@@ -284,7 +281,6 @@ export class Queue implements Disposable {
   /** @returns its number in the batch; what an io command does not need may be anything there. */
   private command(op: number, tag: number, value: number): number {
     const at = this.commandCount++;
-    if (at > this.depth) throw new AssertionError("more commands than tags");
     this.commandWords[at * COMMAND_WORDS] = op << TAG_BITS | tag;
     this.commandWords[at * COMMAND_WORDS + 1] = value;
     return at;
@@ -360,9 +356,12 @@ export class Queue implements Disposable {
     failed: (error: unknown) => void,
   ): number {
     const count = this.commandCount;
+    // What did not fit was written nowhere.
+    if (count > this.depth + 1) throw new AssertionError("more commands than tags");
     this.commandCount = 0;
     const events = this.shim.native.ubd_step(this.memory.handle, count, wait);
     if (events < 0) throw UblkError.from(events, "enter the ring");
+    const { copies } = this;
     for (let index = 0; index < events; index++) {
       const word = this.eventWords[index * EVENT_WORDS]!;
       const result = this.eventWords[index * EVENT_WORDS + 1]!;
@@ -378,7 +377,7 @@ export class Queue implements Disposable {
         else if (result !== 0) this.refused(tag, result, handler);
         else if (this.states[tag] !== FETCHED) {
           throw new AssertionError("request on a tag that was not fetched");
-        } else if (!this.copies && this.mustRegister(tag)) {
+        } else if (!copies && this.mustRegister(tag)) {
           this.states[tag] = REGISTERING;
           this.command(COMMAND_REGISTER, tag, 0);
         } else {

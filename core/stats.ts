@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /**
- * What a queue has done, counted in memory that the device's owner shares with the queue's
- * thread: a Float64Array of three counts for each operation. Reading takes no lock; the counts of
- * one operation may be a request apart.
+ * What a queue has done, counted by the shim, when it tells the driver, in memory that the device's
+ * owner shares with the queue's thread: a Float64Array of three counts for each operation. Reading
+ * takes no lock; the counts of one operation may be a request apart.
  * @module
  */
 
@@ -46,6 +46,7 @@ export function emptyStats(): Float64Array<SharedArrayBuffer> {
   return new Float64Array(new SharedArrayBuffer(COUNTS * OPS * 8));
 }
 
+/** As the shim does, for who takes its place. @param result bytes of READ and WRITE, or -errno. */
 export function countRequest(stats: Float64Array, op: number, result: number): void {
   const at = (op & OPS - 1) * COUNTS;
   stats[at]!++;

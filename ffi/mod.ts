@@ -90,6 +90,8 @@ export interface QueueConfig {
   getDataOpcode?: number | undefined;
   /** Io commands go in batches, by this one and those of fetchOpcode and commitOpcode. */
   prepOpcode?: number | undefined;
+  /** Where the queue's requests are counted, see core/stats.ts. */
+  stats?: Float64Array | undefined;
 }
 
 /** A request's own pages are the ring's registered buffer with the number of its tag. */
@@ -109,6 +111,8 @@ export interface QueueMemory {
   readonly buffers: ArrayBuffer;
   /** What the driver says of each tag's request: struct ublksrv_io_desc. */
   readonly descriptors: ArrayBuffer;
+  /** Of the configuration: here so that it is not collected. */
+  readonly stats: Float64Array | undefined;
 }
 
 export interface ControlRequest {
@@ -155,7 +159,7 @@ export class Shim {
     words[14] = config.getDataOpcode ?? 0;
     words[15] = config.prepOpcode ?? 0;
     new Float64Array(bytes)[5] = config.descriptorOffset;
-    const handle = this.native.ubd_queue_init(words);
+    const handle = this.native.ubd_queue_init(words, config.stats ?? null);
     if (handle < 0) return handle;
 
     const region = (index: number, sizeBytes: number) => {
@@ -168,6 +172,7 @@ export class Shim {
       events: region(1, (config.depth + 1) * 4 * EVENT_WORDS),
       buffers: region(2, config.depth * config.ioBytesMax),
       descriptors: region(3, config.descriptorBytes),
+      stats: config.stats,
     };
   }
 

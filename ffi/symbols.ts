@@ -3,7 +3,8 @@
  * The one symbol table: what shim/shim.zig exports, in types neutral to the runtimes.
  *
  * Only `u32`, `i32` and `f64` cross on the data path, because 64-bit integers cost a BigInt or a
- * slow path. `buffer` is a typed array whose memory the shim uses during the call only.
+ * slow path. `buffer` is a typed array whose memory the shim uses during the call only, unless it
+ * says otherwise.
  * @module
  */
 
@@ -17,7 +18,7 @@ export interface NativeFunction {
 export const SYMBOLS = {
   ubd_version: { args: [], result: "i32" },
   ubd_layout: { args: ["buffer", "u32"], result: "i32" },
-  ubd_queue_init: { args: ["buffer"], result: "i32" },
+  ubd_queue_init: { args: ["buffer", "buffer"], result: "i32" },
   ubd_queue_address: { args: ["u32", "u32"], result: "f64" },
   ubd_step: { args: ["u32", "u32", "u32"], result: "i32" },
   ubd_queue_notify: { args: ["u32", "i32"], result: "i32" },
@@ -53,7 +54,7 @@ export const SYMBOLS = {
   ubd_mknod: { args: ["buffer", "u32", "u32", "u32"], result: "i32" },
 } as const satisfies Record<string, NativeFunction>;
 
-type Crossing<T extends NativeType> = T extends "buffer" ? ArrayBufferView<ArrayBuffer> : number;
+type Crossing<T extends NativeType> = T extends "buffer" ? ArrayBufferView | null : number;
 
 type Arguments<T extends readonly NativeType[]> = {
   -readonly [I in keyof T]: Crossing<T[I]>;

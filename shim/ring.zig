@@ -16,10 +16,6 @@ const Ring = layout.Ring;
 
 extern fn io_uring_queue_init_params(entries: c_uint, ring: *Ring, params: *layout.Params) c_int;
 extern fn io_uring_queue_exit(ring: *Ring) void;
-extern fn io_uring_submit(ring: *Ring) c_int;
-extern fn io_uring_submit_and_wait(ring: *Ring, wait_nr: c_uint) c_int;
-extern fn io_uring_get_events(ring: *Ring) c_int;
-extern fn io_uring_submit_and_get_events(ring: *Ring) c_int;
 extern fn io_uring_register_ring_fd(ring: *Ring) c_int;
 extern fn io_uring_register_eventfd(ring: *Ring, fd: c_int) c_int;
 extern fn io_uring_register_files(ring: *Ring, fds: *const i32, count: c_uint) c_int;
@@ -33,6 +29,10 @@ const setup_sqe128: u32 = 1 << 10;
 const setup_single_issuer: u32 = 1 << 12;
 const setup_defer_taskrun: u32 = 1 << 13;
 const sq_taskrun: u32 = 1 << 2;
+const enter_getevents: u32 = 1 << 0;
+const enter_registered_ring: u32 = 1 << 4;
+/// In Ring.int_flags: enter_ring_fd is a registered one.
+const ring_is_registered = 1 << 0;
 const cq_eventfd_disabled: u32 = 1 << 0;
 /// SQEs for many tags that a step may need beside those for one: a batch of commits, the fetch.
 const batch_sqes = 2;
@@ -94,6 +94,10 @@ pub const event_file = 1;
 pub const event_wake = 2;
 
 pub const depth_max = 4096;
+/// Operations that are counted, and what is counted of each.
+const stats_ops = 32;
+const stats_counts = 3;
+var uncounted: [stats_ops * stats_counts]f64 = undefined;
 pub const page = 4096;
 
 pub const Queue = struct {
@@ -115,6 +119,8 @@ pub const Queue = struct {
     addresses: [*]usize,
     /// Somebody may still write to a buffer that its tag has left: none is unmapped.
     renewed: bool,
+    /// Counts of requests, bytes and errors for each operation, the caller's: see core/stats.ts.
+    stats: [*]f64,
     /// io_bytes_max of zeroes, never written and so never more than the kernel's one zero page.
     zeroes: usize,
     /// A FETCH and a COMMIT are an SQE each, and the shim copies no data.
@@ -126,7 +132,7 @@ pub const Queue = struct {
     batch: batch.State,
 };
 
-pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
+pub fn queueInit(config: *const layout.QueueConfig, stats: ?[*]f64, out: **Queue) i32 {
     if (config.depth == 0 or config.depth > depth_max) return -sys.EINVAL;
     if (config.io_bytes_max < page or config.io_bytes_max % page != 0) return -sys.EINVAL;
     if (config.desc_bytes < config.depth * @sizeOf(layout.IoDesc)) return -sys.EINVAL;
@@ -141,6 +147,7 @@ pub fn queueInit(config: *const layout.QueueConfig, out: **Queue) i32 {
     const base = sys.mapMemory(bytes) catch return -sys.ENOMEM;
     const queue: *Queue = @ptrFromInt(base);
     queue.config = config.*;
+    queue.stats = stats orelse &uncounted;
     queue.mapping = base;
     queue.mapping_bytes = bytes;
     queue.capacity = capacity;
@@ -267,11 +274,14 @@ pub fn renewBuffer(queue: *Queue, tag: u32) ?usize {
 /// The first half of the next SQE, zeroed; of a 128-byte one the other half stays as it was. The
 /// caller has looked whether there is room.
 fn nextSqe(ring: *Ring, sqe_bytes: u32) *layout.Sqe {
-    const at = ring.sq.sqes + @as(usize, ring.sq.sqe_tail & ring.sq.ring_mask) * sqe_bytes;
+    const sqe = sqeAt(ring.sq.sqes, ring.sq.ring_mask, ring.sq.sqe_tail, sqe_bytes);
     ring.sq.sqe_tail +%= 1;
-    const sqe: *layout.Sqe = @ptrCast(@alignCast(at));
     sqe.* = std.mem.zeroes(layout.Sqe);
     return sqe;
+}
+
+inline fn sqeAt(sqes: [*]u8, mask: u32, tail: u32, sqe_bytes: u32) *layout.Sqe {
+    return @ptrCast(@alignCast(sqes + @as(usize, tail & mask) * sqe_bytes));
 }
 
 fn roomFor(ring: *Ring, count: u32) bool {
@@ -286,13 +296,12 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     if (count > queue.capacity) return -sys.EINVAL;
     if (!roomFor(&queue.ring, count)) return -sys.EBUSY;
     const tail = queue.ring.sq.sqe_tail;
-    for (queue.commands[0..count]) |*command| {
-        const result = put(queue, command);
-        if (result < 0) {
-            queue.ring.sq.sqe_tail = tail; // All of a batch, or nothing.
-            if (inBatches(queue)) batch.drop(queue);
-            return result;
-        }
+    const commands = queue.commands[0..count];
+    const result = if (queue.plain) putPlain(queue, commands) else putAll(queue, commands);
+    if (result < 0) {
+        queue.ring.sq.sqe_tail = tail; // All of a step, or nothing.
+        if (inBatches(queue)) batch.drop(queue);
+        return result;
     }
     // It is rung for each completion, also for those that this very step looks for.
     if (!wait) ringEventfd(&queue.ring, false);
@@ -305,7 +314,7 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     // Whoever had commands or got events comes back before it sleeps, and need not be woken.
     if (wait or count > 0 or events != 0) return events;
     ringEventfd(&queue.ring, true);
-    _ = io_uring_get_events(&queue.ring); // What came before that rang nothing.
+    _ = enterKernel(&queue.ring, 0); // What came before that rang nothing.
     return collect(queue);
 }
 
@@ -323,13 +332,10 @@ fn ringEventfd(ring: *Ring, on: bool) void {
 }
 
 /// Waits for so many completions, unless there are some.
-fn enter(queue: *Queue, wait: u32) i32 {
+inline fn enter(queue: *Queue, wait: u32) i32 {
     const ready = pending(&queue.ring) > 0;
     if (ready and !unsent(&queue.ring)) return 0;
-    const result = if (wait > 0 and !ready)
-        io_uring_submit_and_wait(&queue.ring, wait)
-    else
-        io_uring_submit_and_get_events(&queue.ring);
+    const result = enterKernel(&queue.ring, if (ready) 0 else wait);
     // A signal, or completions to be drained before the kernel takes more.
     if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN and result != -sys.EBUSY) {
         return result;
@@ -339,10 +345,24 @@ fn enter(queue: *Queue, wait: u32) i32 {
     // run already, and then nothing clears it before the next one. The eventfd is rung after.
     var enters = queue.capacity / task_work_batch + 2;
     while (wait == 0 and pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
-        if (io_uring_get_events(&queue.ring) < 0) break;
+        if (enterKernel(&queue.ring, 0) < 0) break;
         enters -= 1;
     }
     return 0;
+}
+
+/// Submits what there is, waits for so many completions, and has the kernel run what it had put
+/// off. Not liburing's functions for that: what a processor learned of the way back to the caller
+/// is lost in a system call, and each frame less is a return less that it predicts wrong.
+inline fn enterKernel(ring: *Ring, wait: u32) i32 {
+    const sq = &ring.sq;
+    sq.sqe_head = sq.sqe_tail;
+    @atomicStore(u32, sq.ktail, sq.sqe_tail, .release);
+    const queued = sq.sqe_tail -% @atomicLoad(u32, sq.khead, .acquire);
+    const registered = ring.int_flags & ring_is_registered != 0;
+    const flags = enter_getevents | if (registered) enter_registered_ring else 0;
+    const fd: usize = @bitCast(@as(isize, ring.enter_ring_fd));
+    return sys.call(.io_uring_enter, .{ fd, queued, wait, flags, 0, 0 });
 }
 
 /// SQEs wait for the next enter.
@@ -358,19 +378,17 @@ pub fn pending(ring: *Ring) u32 {
     return @atomicLoad(u32, ring.cq.ktail, .acquire) -% ring.cq.khead.*;
 }
 
-/// There must be room.
-fn put(queue: *Queue, command: *const layout.Command) i32 {
-    if (command.tag >= queue.config.depth) return -sys.EINVAL;
-    if (command.op > command_commit or !queue.plain) return putOther(queue, command);
-    // What each request has, and so without a call.
-    const op = if (command.op == command_commit) queue.config.commit_op else queue.config.fetch_op;
-    const sqe = nextSqe(&queue.ring, queue.sqe_bytes);
-    packIo(queue, command, sqe, op, command.value, queue.addresses[command.tag]);
-    if (queue.config.data_mode == data_automatic) sqe.addr = @as(u32, command.tag) | auto_reg_fallback;
+/// Packs commands, for which there is room.
+fn putAll(queue: *Queue, commands: []const layout.Command) i32 {
+    for (commands) |*command| {
+        const result = put(queue, command);
+        if (result < 0) return result;
+    }
     return 0;
 }
 
-noinline fn putOther(queue: *Queue, command: *const layout.Command) i32 {
+fn put(queue: *Queue, command: *const layout.Command) i32 {
+    if (command.tag >= queue.config.depth) return -sys.EINVAL;
     if (command.op <= command_commit and inBatches(queue)) {
         batch.gather(queue, command);
         return 0;
@@ -378,45 +396,125 @@ noinline fn putOther(queue: *Queue, command: *const layout.Command) i32 {
     return pack(queue, command, nextSqe(&queue.ring, queue.sqe_bytes));
 }
 
+/// The same for a queue that is plain: without a call for what each request has, and with what
+/// stays the same, or adds up, in registers.
+inline fn putPlain(queue: *Queue, commands: []const layout.Command) i32 {
+    const sq = &queue.ring.sq;
+    const sqes = sq.sqes;
+    const mask = sq.ring_mask;
+    const sqe_bytes = queue.sqe_bytes;
+    const io = Io.of(queue);
+    const depth = queue.config.depth;
+    const descs = queue.descs;
+    const addresses = queue.addresses;
+    const automatic = queue.config.data_mode == data_automatic;
+    const ops = [2]u32{ queue.config.fetch_op, queue.config.commit_op };
+    var tally = Tally{ .stats = queue.stats };
+    defer tally.close();
+    for (commands) |*command| {
+        if (command.op > command_commit) {
+            const result = put(queue, command);
+            if (result < 0) return result;
+            continue;
+        }
+        const tag = command.tag;
+        if (tag >= depth) return -sys.EINVAL;
+        if (command.op == command_commit) tally.add(descs[tag].op_flags, command.value);
+        const sqe = sqeAt(sqes, mask, sq.sqe_tail, sqe_bytes);
+        sq.sqe_tail +%= 1;
+        io.pack(sqe, command, ops[command.op], command.value, addresses[tag]);
+        if (automatic) sqe.addr = @as(u32, tag) | auto_reg_fallback;
+    }
+    return 0;
+}
+
+/// Counts of requests with one operation, on the way to the queue's.
+const Tally = struct {
+    stats: [*]f64,
+    op: u32 = 0,
+    requests: u32 = 0,
+    bytes: u64 = 0,
+    errors: u32 = 0,
+
+    inline fn add(tally: *Tally, op_flags: u32, result: i32) void {
+        const op = op_flags % stats_ops;
+        if (op != tally.op) {
+            tally.close();
+            tally.* = .{ .stats = tally.stats, .op = op };
+        }
+        tally.requests += 1;
+        if (result >= 0) tally.bytes += @intCast(result) else tally.errors += 1;
+    }
+
+    inline fn close(tally: *const Tally) void {
+        if (tally.requests == 0) return;
+        const counts = tally.stats[tally.op * stats_counts ..][0..stats_counts];
+        counts[0] += @floatFromInt(tally.requests);
+        counts[1] += @floatFromInt(tally.bytes);
+        counts[2] += @floatFromInt(tally.errors);
+    }
+};
+
 /// The next SQE as a command for the driver's queue. There must be room.
 pub fn nextCommand(queue: *Queue, op: u32) *layout.Sqe {
     const sqe = nextSqe(&queue.ring, queue.sqe_bytes);
-    aim(queue, sqe);
-    sqe.off = op;
+    const io = Io.of(queue);
+    io.aim(sqe, op);
     const queue_id: *u16 = @ptrCast(@alignCast(&sqe.cmd)); // First in each command.
-    queue_id.* = @intCast(queue.config.queue_id);
+    queue_id.* = io.queue_id;
     return sqe;
 }
 
-/// Makes it a command for the character device; without one a NOP, which heeds nothing else.
-fn aim(queue: *const Queue, sqe: *layout.Sqe) void {
-    sqe.opcode = if (queue.config.fetch_op == 0) op_nop else op_uring_cmd;
-    sqe.fd = if (queue.registered) 0 else queue.config.char_fd;
-    if (queue.registered) sqe.flags = sqe_fixed_file;
-}
+/// What all io commands of a queue have in common.
+const Io = struct {
+    opcode: u8,
+    flags: u8,
+    fd: i32,
+    queue_id: u16,
 
-/// What a COMMIT tells the driver, once the data is where it belongs.
+    inline fn of(queue: *const Queue) Io {
+        return .{
+            // Without a driver a NOP, which heeds nothing else.
+            .opcode = if (queue.config.fetch_op == 0) op_nop else op_uring_cmd,
+            .flags = if (queue.registered) sqe_fixed_file else 0,
+            .fd = if (queue.registered) 0 else queue.config.char_fd,
+            .queue_id = @intCast(queue.config.queue_id),
+        };
+    }
+
+    /// Leaves the command itself as it is, and what it means.
+    inline fn aim(io: Io, sqe: *layout.Sqe, op: u32) void {
+        sqe.opcode = io.opcode;
+        sqe.flags = io.flags;
+        sqe.fd = io.fd;
+        sqe.off = op;
+    }
+
+    inline fn pack(io: Io, sqe: *layout.Sqe, command: *const layout.Command, op: u32, result: i32, address: u64) void {
+        sqe.* = std.mem.zeroes(layout.Sqe);
+        io.aim(sqe, op);
+        sqe.user_data = command.tag | @as(u32, command.op) << 16;
+        const cmd: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
+        cmd.* = .{ .q_id = io.queue_id, .tag = command.tag, .result = result, .addr = address };
+    }
+};
+
+/// What a COMMIT tells the driver, once the data is where it belongs, and the request is counted.
 pub fn answer(queue: *Queue, command: *const layout.Command) i32 {
-    const gives = queue.config.data_mode == data_user and command.op == command_commit;
-    return if (gives) giveData(queue, command.tag, command.value) else command.value;
-}
-
-inline fn packIo(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe, op: u32, result: i32, address: u64) void {
-    sqe.user_data = command.tag | @as(u32, command.op) << 16;
-    const io: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
-    io.* = .{
-        .q_id = @intCast(queue.config.queue_id),
-        .tag = command.tag,
-        .result = result,
-        .addr = address,
-    };
-    sqe.off = op;
-    aim(queue, sqe);
+    if (command.op != command_commit) return command.value;
+    const copies = queue.config.data_mode == data_user;
+    const result = if (copies) giveData(queue, command.tag, command.value) else command.value;
+    var tally = Tally{ .stats = queue.stats };
+    tally.add(queue.descs[command.tag].op_flags, result);
+    tally.close();
+    return result;
 }
 
 fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
-    sqe.user_data = command.tag | @as(u32, command.op) << 16;
+    const io = Io.of(queue);
+    const config = &queue.config;
     const buffer = queue.addresses[command.tag];
+    sqe.user_data = command.tag | @as(u32, command.op) << 16;
     switch (command.op) {
         command_wake => {
             sqe.opcode = op_read;
@@ -424,11 +522,11 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
             sqe.addr = @intFromPtr(&queue.wake_count);
             sqe.len = 8;
         },
-        command_fetch => packIo(queue, command, sqe, queue.config.fetch_op, 0, 0),
-        command_commit => packIo(queue, command, sqe, queue.config.commit_op, answer(queue, command), 0),
-        command_register => packIo(queue, command, sqe, queue.config.register_op, 0, command.tag),
-        command_unregister => packIo(queue, command, sqe, queue.config.unregister_op, 0, command.tag),
-        command_get_data => packIo(queue, command, sqe, queue.config.get_data_op, 0, buffer),
+        command_fetch => io.pack(sqe, command, config.fetch_op, 0, 0),
+        command_commit => io.pack(sqe, command, config.commit_op, answer(queue, command), 0),
+        command_register => io.pack(sqe, command, config.register_op, 0, command.tag),
+        command_unregister => io.pack(sqe, command, config.unregister_op, 0, command.tag),
+        command_get_data => io.pack(sqe, command, config.get_data_op, 0, buffer),
         command_read, command_write, command_write_zeroes => {
             const length = sys.fileOffset(command.length) orelse return -sys.EINVAL;
             if (length + command.buffer_offset > queue.config.io_bytes_max) return -sys.EINVAL;
@@ -469,15 +567,20 @@ fn drain(queue: *Queue) i32 {
     const ring = &queue.ring;
     const head = ring.cq.khead.*;
     const count = @min(pending(ring), queue.capacity);
-    var events: u32 = 0;
+    const cqes = ring.cq.cqes;
+    const mask = ring.cq.ring_mask;
+    const takes = queue.config.data_mode == data_user;
+    const events = queue.events;
+    var given: u32 = 0;
     for (0..count) |i| {
-        const event = eventOf(&ring.cq.cqes[(head +% @as(u32, @intCast(i))) & ring.cq.ring_mask]);
-        if (event.kind == event_request and event.result == 0 and !arrived(queue, event.tag)) continue;
-        queue.events[events] = event;
-        events += 1;
+        const event = eventOf(&cqes[(head +% @as(u32, @intCast(i))) & mask]);
+        const is_new = event.kind == event_request and event.result == 0;
+        if (takes and is_new and !arrived(queue, event.tag)) continue;
+        events[given] = event;
+        given += 1;
     }
     @atomicStore(u32, ring.cq.khead, head +% count, .release);
-    return @intCast(events);
+    return @intCast(given);
 }
 
 pub fn eventOf(cqe: *const layout.Cqe) layout.Event {
@@ -574,7 +677,7 @@ pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i
         .pad = 0,
         .reserved = 0,
     };
-    const result = io_uring_submit(&control.ring);
+    const result = enterKernel(&control.ring, 0);
     return if (result < 0) result else 0;
 }
 
@@ -583,7 +686,7 @@ pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i
 pub fn controlReap(control: *Control, out: *[2]i32) i32 {
     const ring = &control.ring;
     if (pending(ring) == 0) {
-        const result = io_uring_get_events(ring);
+        const result = enterKernel(ring, 0);
         if (result < 0 and result != -sys.EINTR) return result;
         if (pending(ring) == 0) return 0;
     }

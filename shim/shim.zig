@@ -45,11 +45,12 @@ export fn ubd_layout(out: ?[*]u8, bytes: u32) i32 {
     return layout.table.len;
 }
 
-/// Sets up a queue's ring and memory on the calling thread. Returns its handle.
-export fn ubd_queue_init(config: ?*const layout.QueueConfig) i32 {
+/// Sets up a queue's ring and memory on the calling thread. Returns its handle. Requests that it
+/// answers are counted in `stats`, if given, which must stay until ubd_queue_exit.
+export fn ubd_queue_init(config: ?*const layout.QueueConfig, stats: ?[*]f64) i32 {
     const checked = config orelse return -sys.EINVAL;
     var queue: *ring.Queue = undefined;
-    const result = ring.queueInit(checked, &queue);
+    const result = ring.queueInit(checked, stats, &queue);
     if (result < 0) return result;
     const handle = claim(ring.Queue, &queues, queue);
     if (handle < 0) ring.queueExit(queue);

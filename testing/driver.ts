@@ -17,6 +17,7 @@ import { OP_NAMES, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts"
 import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
 import { pack } from "../abi/struct.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
+import { countRequest } from "../core/stats.ts";
 import {
   COMMAND_COMMIT,
   COMMAND_FETCH,
@@ -238,6 +239,7 @@ export class PlayedDriver extends Shim {
     const request = queue.serving[tag]!;
     queue.serving[tag] = undefined;
     const { op, offset, length, data, settle } = request;
+    countRequest(queue.config.stats!, op, result);
     const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
     if (op === UBLK_IO_OP_READ && result > 0) {
       data.set(queue.data[tag]!.subarray(0, result), request.done);

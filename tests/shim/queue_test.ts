@@ -25,6 +25,7 @@ import {
 import { AssertionError } from "../../core/assert.ts";
 import { UblkError } from "../../core/error.ts";
 import { Queue } from "../../core/queue.ts";
+import { emptyStats, sumStats } from "../../core/stats.ts";
 import type { RequestHandler } from "../../core/target.ts";
 import {
   COMMAND_COMMIT,
@@ -124,7 +125,7 @@ function setUp(
     descriptorBytes: Math.ceil(depth * 24 / 4096) * 4096,
     zeroCopy,
     ...special,
-  });
+  }, special.stats);
   const failures: unknown[] = [];
   return {
     queue,
@@ -218,6 +219,31 @@ test("Queue.commit hands on results, but no empty, excessive or EAGAIN ones", ()
     serveSome(spy, set, 1, (queue, tag) => queue.commit(tag, result));
     assert.deepStrictEqual(spy.commits, [[0, expected]], `op ${op}: ${result}`);
   }
+});
+
+test("requests are counted by operation, also several in a step, as what the driver is told", () => {
+  const spy = new SpyShim();
+  const stats = emptyStats();
+  using set = setUp(spy, 4, undefined, { stats });
+  const ops = [UBLK_IO_OP_READ, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_FLUSH];
+  for (const [tag, op] of ops.entries()) spy.describe(tag, op, op === UBLK_IO_OP_FLUSH ? 0 : 8);
+  const results = [4096, 512, -EAGAIN, 0];
+  serveSome(spy, set, 40, (queue, tag) => queue.commit(tag, results[tag]!));
+  const of = (tags: number[]) => {
+    const told = spy.commits.filter(([tag]) => tags.includes(tag)).map(([, result]) => result);
+    const bytes = told.filter((result) => result > 0).reduce((sum, result) => sum + result, 0);
+    return { requests: told.length, bytes, errors: told.filter((result) => result < 0).length };
+  };
+  const { read, write, flush } = sumStats([stats]);
+  assert.deepStrictEqual({ read, write, flush }, {
+    read: of([0, 1]),
+    write: of([2]),
+    flush: of([3]),
+  });
+  assert.deepStrictEqual([read.requests + write.requests + flush.requests, write.errors > 0], [
+    40,
+    true,
+  ]);
 });
 
 test("Queue.commit asserts that a request is answered once, and that there is one", () => {

@@ -56,7 +56,7 @@ const { native } = shim;
 const wakeFd = native.ubd_eventfd(0);
 
 /** A null pointer where the table says `buffer`. */
-const NULL = null as unknown as Uint8Array<ArrayBuffer>;
+const NULL = null;
 const { EAGAIN, EBADF, EINVAL, ENFILE, ENODEV, ENOENT } = ERRNO;
 
 const CONFIG: QueueConfig = {
@@ -136,7 +136,7 @@ test("ubd_queue_init takes a descriptor area of whole pages that holds every tag
 });
 
 test("ubd_queue_init refuses a null config, no wake descriptor, and a bad character device", () => {
-  assert.strictEqual(native.ubd_queue_init(NULL), -EINVAL);
+  assert.strictEqual(native.ubd_queue_init(NULL, NULL), -EINVAL);
   assert.strictEqual(tryQueue({ wakeFd: -1 }), -EINVAL);
   const zero = shim.open("/dev/null", 2);
   assert.strictEqual(tryQueue({ charFd: zero }), -ENODEV, "/dev/null cannot be mapped");
