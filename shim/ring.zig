@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //! The rings. A queue's ring carries io commands (FETCH, COMMIT_AND_FETCH) on /dev/ublkcN and
 //! the file operations of its target; the control ring carries control commands. liburing sets
-//! rings up, submits and waits; this file fills SQEs and drains CQEs.
+//! rings up; this file fills SQEs, enters the kernel and drains CQEs.
 //!
 //! Invariants: a tag has at most one SQE in flight, so a queue never has more than depth + 1
 //! (the wake-up read) completions pending and its CQ cannot overflow. A queue is used by one
