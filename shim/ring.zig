@@ -31,8 +31,6 @@ const setup_defer_taskrun: u32 = 1 << 13;
 const sq_taskrun: u32 = 1 << 2;
 const enter_getevents: u32 = 1 << 0;
 const enter_registered_ring: u32 = 1 << 4;
-/// In Ring.int_flags: enter_ring_fd is a registered one.
-const ring_is_registered = 1 << 0;
 const cq_eventfd_disabled: u32 = 1 << 0;
 /// SQEs for many tags that a step may need beside those for one: a batch of commits, the fetch.
 const batch_sqes = 2;
@@ -102,6 +100,8 @@ pub const page = 4096;
 
 pub const Queue = struct {
     ring: Ring,
+    /// Of each io_uring_enter.
+    enter_flags: u32,
     config: layout.QueueConfig,
     sqe_bytes: u32,
     /// One private mapping: this struct, then commands, then events.
@@ -187,7 +187,7 @@ fn queueAcquire(queue: *Queue) i32 {
     queue.zeroes = sys.mapMemory(config.io_bytes_max) catch return -sys.ENOMEM;
 
     const more_sqes: u32 = if (inBatches(queue)) batch_sqes else 0;
-    var result = ringInit(&queue.ring, config.depth + more_sqes, config.sqe128 != 0);
+    var result = ringInit(queue, config.depth + more_sqes);
     if (result >= 0 and !copied) result = bufferTableInit(queue);
     // Saves the threads of all queues a shared count of references for each request.
     queue.registered = result >= 0 and config.char_fd >= 0 and io_uring_register_files(&queue.ring, &config.char_fd, 1) >= 0;
@@ -219,7 +219,8 @@ fn bufferTableInit(queue: *Queue) i32 {
 }
 
 /// The kernel's cheapest way to run completions first (6.1), then what older kernels have.
-fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
+fn ringInit(queue: *Queue, entries: u32) i32 {
+    const ring = &queue.ring;
     const variants = [_]u32{
         setup_single_issuer | setup_defer_taskrun | setup_taskrun_flag,
         setup_coop_taskrun | setup_taskrun_flag,
@@ -228,7 +229,7 @@ fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
     var result: i32 = 0;
     for (variants) |flags| {
         var params = std.mem.zeroes(layout.Params);
-        params.flags = flags | if (sqe128) setup_sqe128 else 0;
+        params.flags = flags | if (queue.config.sqe128 != 0) setup_sqe128 else 0;
         result = io_uring_queue_init_params(sys.powerOfTwo(entries + 1), ring, &params);
         if (result != -sys.EINVAL) break;
     }
@@ -237,7 +238,8 @@ fn ringInit(ring: *Ring, entries: u32, sqe128: bool) i32 {
         return result;
     }
     // Saves a file look-up on each enter; a kernel before 5.18 refuses and nothing is lost.
-    _ = io_uring_register_ring_fd(ring);
+    const registered = io_uring_register_ring_fd(ring) > 0;
+    queue.enter_flags = enter_getevents | if (registered) enter_registered_ring else 0;
     return 0;
 }
 
@@ -314,7 +316,7 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     // Whoever had commands or got events comes back before it sleeps, and need not be woken.
     if (wait or count > 0 or events != 0) return events;
     ringEventfd(&queue.ring, true);
-    _ = enterKernel(&queue.ring, 0); // What came before that rang nothing.
+    _ = enterKernel(&queue.ring, 0, queue.enter_flags); // What came before that rang nothing.
     return collect(queue);
 }
 
@@ -335,7 +337,7 @@ fn ringEventfd(ring: *Ring, on: bool) void {
 inline fn enter(queue: *Queue, wait: u32) i32 {
     const ready = pending(&queue.ring) > 0;
     if (ready and !unsent(&queue.ring)) return 0;
-    const result = enterKernel(&queue.ring, if (ready) 0 else wait);
+    const result = enterKernel(&queue.ring, if (ready) 0 else wait, queue.enter_flags);
     // A signal, or completions to be drained before the kernel takes more.
     if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN and result != -sys.EBUSY) {
         return result;
@@ -345,7 +347,7 @@ inline fn enter(queue: *Queue, wait: u32) i32 {
     // run already, and then nothing clears it before the next one. The eventfd is rung after.
     var enters = queue.capacity / task_work_batch + 2;
     while (wait == 0 and pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
-        if (enterKernel(&queue.ring, 0) < 0) break;
+        if (enterKernel(&queue.ring, 0, queue.enter_flags) < 0) break;
         enters -= 1;
     }
     return 0;
@@ -354,13 +356,11 @@ inline fn enter(queue: *Queue, wait: u32) i32 {
 /// Submits what there is, waits for so many completions, and has the kernel run what it had put
 /// off. Not liburing's functions for that: what a processor learned of the way back to the caller
 /// is lost in a system call, and each frame less is a return less that it predicts wrong.
-inline fn enterKernel(ring: *Ring, wait: u32) i32 {
+inline fn enterKernel(ring: *Ring, wait: u32, flags: u32) i32 {
     const sq = &ring.sq;
     sq.sqe_head = sq.sqe_tail;
     @atomicStore(u32, sq.ktail, sq.sqe_tail, .release);
     const queued = sq.sqe_tail -% @atomicLoad(u32, sq.khead, .acquire);
-    const registered = ring.int_flags & ring_is_registered != 0;
-    const flags = enter_getevents | if (registered) enter_registered_ring else 0;
     const fd: usize = @bitCast(@as(isize, ring.enter_ring_fd));
     return sys.call(.io_uring_enter, .{ fd, queued, wait, flags, 0, 0 });
 }
@@ -677,7 +677,7 @@ pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i
         .pad = 0,
         .reserved = 0,
     };
-    const result = enterKernel(&control.ring, 0);
+    const result = enterKernel(&control.ring, 0, enter_getevents);
     return if (result < 0) result else 0;
 }
 
@@ -686,7 +686,7 @@ pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i
 pub fn controlReap(control: *Control, out: *[2]i32) i32 {
     const ring = &control.ring;
     if (pending(ring) == 0) {
-        const result = enterKernel(ring, 0);
+        const result = enterKernel(ring, 0, enter_getevents);
         if (result < 0 and result != -sys.EINTR) return result;
         if (pending(ring) == 0) return 0;
     }
