@@ -19,6 +19,7 @@ import { run } from "./run.ts";
 
 const KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const INDEX_AGE_MAX_MS = 24 * 60 * 60 * 1000;
+const APT_PATIENCE_S = 300;
 
 /** A Debian release and architecture, for example `sid` and `arm64`. */
 export interface Release {
@@ -39,27 +40,39 @@ export interface PackageVersion {
  * @throws {Error} with the command to type when this user may not install packages.
  */
 export async function ensureHostPackages(names: string[]): Promise<void> {
-  const status = ["-W", "-f", "${db:Status-Abbrev}${Package}\n"];
-  const known = await run("dpkg-query", [...status, "*"]);
+  // Guests that start together find the same packages missing.
+  await withLock("host-packages", async () => {
+    const missing = await missingOf(names);
+    if (missing.length > 0) await install(missing);
+  });
+}
+
+async function missingOf(names: string[]): Promise<string[]> {
+  const known = await run("dpkg-query", ["-W", "-f", "${db:Status-Abbrev}${Package}\n", "*"]);
   const installed = new Set(
     known.split("\n").filter((line) => line.startsWith("ii")).map((line) => line.slice(3).trim()),
   );
-  const missing = names.filter((name) => !installed.has(name));
-  if (missing.length === 0) return;
+  return names.filter((name) => !installed.has(name));
+}
 
-  const install = ["install", "-y", "--no-install-recommends", ...missing];
+async function install(names: string[]): Promise<void> {
+  const command = ["install", "-y", "--no-install-recommends", ...names];
+  // Others on this machine may be installing, too.
+  const patiently = ["-o", `DPkg::Lock::Timeout=${APT_PATIENCE_S}`];
   const isRoot = process.getuid?.() === 0;
   const asRoot = (args: string[]) =>
-    isRoot ? run("apt-get", args) : run("sudo", ["-n", "apt-get", ...args]);
-  process.stderr.write(`ubd: installing ${missing.join(" ")}\n`);
+    isRoot
+      ? run("apt-get", [...patiently, ...args])
+      : run("sudo", ["-n", "apt-get", ...patiently, ...args]);
+  process.stderr.write(`ubd: installing ${names.join(" ")}\n`);
   try {
     // A host's index is often missing or stale; refresh it only when that shows.
-    await asRoot(install).catch(async () => {
+    await asRoot(command).catch(async () => {
       await asRoot(["update"]);
-      await asRoot(install);
+      await asRoot(command);
     });
   } catch (cause) {
-    throw new Error(`Missing host packages; run: sudo apt-get ${install.join(" ")}`, { cause });
+    throw new Error(`Missing host packages; run: sudo apt-get ${command.join(" ")}`, { cause });
   }
 }
 
