@@ -19,7 +19,7 @@ extern fn io_uring_queue_exit(ring: *Ring) void;
 extern fn io_uring_register_ring_fd(ring: *Ring) c_int;
 extern fn io_uring_register_eventfd(ring: *Ring, fd: c_int) c_int;
 extern fn io_uring_register_files(ring: *Ring, fds: *const i32, count: c_uint) c_int;
-extern fn io_uring_unregister_files(ring: *Ring) c_int;
+extern fn io_uring_register_files_update(ring: *Ring, index: c_uint, fds: *const i32, count: c_uint) c_int;
 extern fn io_uring_register_buffers_sparse(ring: *Ring, count: c_uint) c_int;
 extern fn io_uring_register_buffers_update_tag(ring: *Ring, index: c_uint, iovecs: *const sys.IoVec, tags: *const u64, count: c_uint) c_int;
 
@@ -46,6 +46,7 @@ const op_read = 22;
 const op_write = 23;
 const op_uring_cmd = 46;
 const sqe_fixed_file = 1 << 0;
+const no_file: i32 = -1;
 
 /// Values of Command.op; ffi/mod.ts names the same ones.
 pub const command_fetch = 0;
@@ -244,8 +245,9 @@ fn ringInit(queue: *Queue, entries: u32) i32 {
 }
 
 fn queueRelease(queue: *Queue) void {
-    // The ring ends later, and the driver waits for the last reference to the device.
-    if (queue.registered) _ = io_uring_unregister_files(&queue.ring);
+    // The ring ends later, and the driver waits for the last reference to the device. Not by
+    // unregistering: before 6.13 that waits for the FETCHes that are still in flight.
+    if (queue.registered) _ = io_uring_register_files_update(&queue.ring, 0, &no_file, 1);
     if (queue.ring.ring_fd > 0) io_uring_queue_exit(&queue.ring);
     if (queue.buffers != 0 and !queue.renewed) sys.unmap(queue.buffers, queue.buffers_bytes);
     if (queue.batch.mapping != 0) sys.unmap(queue.batch.mapping, queue.batch.mapping_bytes);
