@@ -43,6 +43,7 @@ import {
   COMMAND_WORDS,
   COMMAND_WRITE,
   COMMAND_WRITE_ZEROES,
+  EVENT_FILE,
   EVENT_REQUEST,
   EVENT_WAKE,
   EVENT_WORDS,
@@ -364,7 +365,6 @@ export class Queue implements Disposable {
     const { copies } = this;
     for (let index = 0; index < events; index++) {
       const word = this.eventWords[index * EVENT_WORDS]!;
-      const result = this.eventWords[index * EVENT_WORDS + 1]!;
       const kind = word >>> TAG_BITS;
       const tag = word & TAG_MASK;
       if (kind === EVENT_WAKE) {
@@ -373,9 +373,11 @@ export class Queue implements Disposable {
         continue;
       }
       try {
-        if (kind !== EVENT_REQUEST) this.completed(tag, result, handler);
-        else if (result !== 0) this.refused(tag, result, handler);
-        else if (this.states[tag] !== FETCHED) {
+        if (kind !== EVENT_REQUEST) {
+          const result = this.eventWords[index * EVENT_WORDS + 1]!;
+          if (kind === EVENT_FILE) this.completed(tag, result, handler);
+          else this.refused(tag, result, handler);
+        } else if (this.states[tag] !== FETCHED) {
           throw new AssertionError("request on a tag that was not fetched");
         } else if (!copies && this.mustRegister(tag)) {
           this.states[tag] = REGISTERING;

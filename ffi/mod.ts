@@ -46,10 +46,14 @@ export const COMMAND_REGISTER = 8;
 export const COMMAND_UNREGISTER = 9;
 export const COMMAND_GET_DATA = 10;
 
-/** Kind of an event: an io command, a file operation, the wake-up read. */
+/**
+ * Kind of an event: a request came; a file operation, or the wake-up read, has ended; an io command
+ * has, and brought no request.
+ */
 export const EVENT_REQUEST = 0;
 export const EVENT_FILE = 1;
 export const EVENT_WAKE = 2;
+export const EVENT_REFUSED = 3;
 
 /**
  * The first word of a command is `operation << TAG_BITS | tag`, of an event its kind and the tag;

@@ -113,8 +113,8 @@ pub fn gather(queue: *Queue, command: *const layout.Command) void {
     item.result = ring.answer(queue, command);
     if (state.element_bytes > 8) item.buf_addr = queue.addresses[command.tag];
     state.gathered += 1;
-    const op: u64 = if (is_fetch) ring.batch_prepare else ring.batch_commit;
-    describe(state, sqe, op, state.next, state.gathered);
+    const kind: u64 = if (is_fetch) ring.batch_prepare else ring.batch_commit;
+    describe(state, sqe, kind, state.next, state.gathered);
 }
 
 fn begin(queue: *Queue, op: u32) *layout.Sqe {
@@ -141,10 +141,10 @@ pub fn drop(queue: *Queue) void {
     queue.batch.gathering = null;
 }
 
-fn describe(state: *const State, sqe: *layout.Sqe, op: u64, first: u64, count: u64) void {
+fn describe(state: *const State, sqe: *layout.Sqe, kind: u64, first: u64, count: u64) void {
     sqe.addr = @intFromPtr(element(state, first));
     sqe.len = @intCast(count * state.element_bytes);
-    sqe.user_data = op << 16 | first << first_shift | count << count_shift;
+    sqe.user_data = kind << 16 | first << first_shift | count << count_shift;
     const cmd: *layout.BatchIo = @ptrCast(@alignCast(&sqe.cmd));
     cmd.flags = state.element_flags;
     cmd.nr_elem = @intCast(count);
@@ -192,7 +192,7 @@ fn emit(queue: *Queue, event: layout.Event) bool {
 }
 
 fn answerTag(queue: *Queue, tag: u16, result: i32) bool {
-    return emit(queue, .{ .tag = tag, .kind = ring.event_request, .result = result });
+    return emit(queue, ring.eventFor(tag, ring.event_request, result));
 }
 
 fn prepared(queue: *Queue, cqe: *const layout.Cqe) bool {

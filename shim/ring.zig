@@ -61,11 +61,6 @@ pub const command_register = 8;
 pub const command_unregister = 9;
 pub const command_get_data = 10;
 
-/// As those, in the user data of commands that are for many tags.
-pub const batch_prepare = 11;
-pub const batch_commit = 12;
-pub const batch_fetch = 13;
-
 /// Values of QueueConfig.data_mode: the driver copies data to and from the tags' buffers; or a
 /// request's own pages are the ring's buffer number `tag`, put there by command_register, or by
 /// the driver with each request; or this file copies, by reading and writing the character device.
@@ -87,10 +82,16 @@ const sector = 512;
 /// could not be registered is handed out all the same, marked.
 const auto_reg_fallback = 1 << 16;
 
-/// Values of Event.kind.
+/// Values of Event.kind, and in the user data of SQEs above the tag; ffi/mod.ts names the same ones.
 pub const event_request = 0;
 pub const event_file = 1;
 pub const event_wake = 2;
+pub const event_refused = 3;
+
+/// As those, for SQEs that are for many tags.
+pub const batch_prepare = 4;
+pub const batch_commit = 5;
+pub const batch_fetch = 6;
 
 pub const depth_max = 4096;
 /// Operations that are counted, and what is counted of each.
@@ -105,6 +106,8 @@ pub const Queue = struct {
     enter_flags: u32,
     config: layout.QueueConfig,
     sqe_bytes: u32,
+    /// What all io commands have in common.
+    io_sqe: layout.Sqe,
     /// One private mapping: this struct, then commands, then events.
     mapping: usize,
     mapping_bytes: usize,
@@ -192,6 +195,7 @@ fn queueAcquire(queue: *Queue) i32 {
     if (result >= 0 and !copied) result = bufferTableInit(queue);
     // Saves the threads of all queues a shared count of references for each request.
     queue.registered = result >= 0 and config.char_fd >= 0 and io_uring_register_files(&queue.ring, &config.char_fd, 1) >= 0;
+    queue.io_sqe = ioSqe(queue);
     if (result >= 0 and inBatches(queue)) result = batch.init(queue);
     return result;
 }
@@ -275,12 +279,11 @@ pub fn renewBuffer(queue: *Queue, tag: u32) ?usize {
     return buffer;
 }
 
-/// The first half of the next SQE, zeroed; of a 128-byte one the other half stays as it was. The
-/// caller has looked whether there is room.
+/// The first half of the next SQE, as it was last: the caller fills it, and has looked whether there
+/// is room. Nobody reads the other half of a 128-byte one.
 fn nextSqe(ring: *Ring, sqe_bytes: u32) *layout.Sqe {
     const sqe = sqeAt(ring.sq.sqes, ring.sq.ring_mask, ring.sq.sqe_tail, sqe_bytes);
     ring.sq.sqe_tail +%= 1;
-    sqe.* = std.mem.zeroes(layout.Sqe);
     return sqe;
 }
 
@@ -405,7 +408,7 @@ inline fn putPlain(queue: *Queue, commands: []const layout.Command) i32 {
     const sqes = sq.sqes;
     const mask = sq.ring_mask;
     const sqe_bytes = queue.sqe_bytes;
-    const io = Io.of(queue);
+    const io_sqe = queue.io_sqe;
     const depth = queue.config.depth;
     const descs = queue.descs;
     const addresses = queue.addresses;
@@ -413,20 +416,22 @@ inline fn putPlain(queue: *Queue, commands: []const layout.Command) i32 {
     const ops = [2]u32{ queue.config.fetch_op, queue.config.commit_op };
     var tally = Tally{ .stats = queue.stats };
     defer tally.close();
-    for (commands) |*command| {
+    var tail = sq.sqe_tail;
+    for (commands) |*slot| {
+        const command = slot.*; // Not read again after each store to an SQE.
+        if (command.tag >= depth) return -sys.EINVAL;
+        const sqe = sqeAt(sqes, mask, tail, sqe_bytes);
+        tail +%= 1;
         if (command.op > command_commit) {
-            const result = put(queue, command);
+            const result = pack(queue, slot, sqe);
             if (result < 0) return result;
             continue;
         }
-        const tag = command.tag;
-        if (tag >= depth) return -sys.EINVAL;
-        if (command.op == command_commit) tally.add(descs[tag].op_flags, command.value);
-        const sqe = sqeAt(sqes, mask, sq.sqe_tail, sqe_bytes);
-        sq.sqe_tail +%= 1;
-        io.pack(sqe, command, ops[command.op], command.value, addresses[tag]);
-        if (automatic) sqe.addr = @as(u32, tag) | auto_reg_fallback;
+        if (command.op == command_commit) tally.add(descs[command.tag].op_flags, command.value);
+        packIo(sqe, &io_sqe, ops[command.op], command.tag, command.value, addresses[command.tag]);
+        if (automatic) sqe.addr = @as(u32, command.tag) | auto_reg_fallback;
     }
+    sq.sqe_tail = tail;
     return 0;
 }
 
@@ -460,46 +465,31 @@ const Tally = struct {
 /// The next SQE as a command for the driver's queue. There must be room.
 pub fn nextCommand(queue: *Queue, op: u32) *layout.Sqe {
     const sqe = nextSqe(&queue.ring, queue.sqe_bytes);
-    const io = Io.of(queue);
-    io.aim(sqe, op);
-    const queue_id: *u16 = @ptrCast(@alignCast(&sqe.cmd)); // First in each command.
-    queue_id.* = io.queue_id;
+    sqe.* = queue.io_sqe;
+    sqe.off = op;
     return sqe;
 }
 
-/// What all io commands of a queue have in common.
-const Io = struct {
-    opcode: u8,
-    flags: u8,
-    fd: i32,
-    queue_id: u16,
+fn ioSqe(queue: *const Queue) layout.Sqe {
+    var sqe = std.mem.zeroes(layout.Sqe);
+    // Without a driver a NOP, which heeds nothing else.
+    sqe.opcode = if (queue.config.fetch_op == 0) op_nop else op_uring_cmd;
+    sqe.flags = if (queue.registered) sqe_fixed_file else 0;
+    sqe.fd = if (queue.registered) 0 else queue.config.char_fd;
+    const queue_id: *u16 = @ptrCast(@alignCast(&sqe.cmd)); // First in each command.
+    queue_id.* = @intCast(queue.config.queue_id);
+    return sqe;
+}
 
-    inline fn of(queue: *const Queue) Io {
-        return .{
-            // Without a driver a NOP, which heeds nothing else.
-            .opcode = if (queue.config.fetch_op == 0) op_nop else op_uring_cmd,
-            .flags = if (queue.registered) sqe_fixed_file else 0,
-            .fd = if (queue.registered) 0 else queue.config.char_fd,
-            .queue_id = @intCast(queue.config.queue_id),
-        };
-    }
-
-    /// Leaves the command itself as it is, and what it means.
-    inline fn aim(io: Io, sqe: *layout.Sqe, op: u32) void {
-        sqe.opcode = io.opcode;
-        sqe.flags = io.flags;
-        sqe.fd = io.fd;
-        sqe.off = op;
-    }
-
-    inline fn pack(io: Io, sqe: *layout.Sqe, command: *const layout.Command, op: u32, result: i32, address: u64) void {
-        sqe.* = std.mem.zeroes(layout.Sqe);
-        io.aim(sqe, op);
-        sqe.user_data = command.tag | @as(u32, command.op) << 16;
-        const cmd: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
-        cmd.* = .{ .q_id = io.queue_id, .tag = command.tag, .result = result, .addr = address };
-    }
-};
+inline fn packIo(sqe: *layout.Sqe, io_sqe: *const layout.Sqe, op: u32, tag: u16, result: i32, address: u64) void {
+    sqe.* = io_sqe.*;
+    sqe.off = op;
+    sqe.user_data = tag | event_request << 16;
+    const cmd: *layout.IoCmd = @ptrCast(@alignCast(&sqe.cmd));
+    cmd.tag = tag;
+    cmd.result = result;
+    cmd.addr = address;
+}
 
 /// What a COMMIT tells the driver, once the data is where it belongs, and the request is counted.
 pub fn answer(queue: *Queue, command: *const layout.Command) i32 {
@@ -513,10 +503,11 @@ pub fn answer(queue: *Queue, command: *const layout.Command) i32 {
 }
 
 fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
-    const io = Io.of(queue);
     const config = &queue.config;
-    const buffer = queue.addresses[command.tag];
-    sqe.user_data = command.tag | @as(u32, command.op) << 16;
+    const io = &queue.io_sqe;
+    const tag = command.tag;
+    const buffer = queue.addresses[tag];
+    sqe.* = std.mem.zeroes(layout.Sqe);
     switch (command.op) {
         command_wake => {
             sqe.opcode = op_read;
@@ -524,11 +515,11 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
             sqe.addr = @intFromPtr(&queue.wake_count);
             sqe.len = 8;
         },
-        command_fetch => io.pack(sqe, command, config.fetch_op, 0, 0),
-        command_commit => io.pack(sqe, command, config.commit_op, answer(queue, command), 0),
-        command_register => io.pack(sqe, command, config.register_op, 0, command.tag),
-        command_unregister => io.pack(sqe, command, config.unregister_op, 0, command.tag),
-        command_get_data => io.pack(sqe, command, config.get_data_op, 0, buffer),
+        command_fetch => packIo(sqe, io, config.fetch_op, tag, 0, 0),
+        command_commit => packIo(sqe, io, config.commit_op, tag, answer(queue, command), 0),
+        command_register => packIo(sqe, io, config.register_op, tag, 0, tag),
+        command_unregister => packIo(sqe, io, config.unregister_op, tag, 0, tag),
+        command_get_data => packIo(sqe, io, config.get_data_op, tag, 0, buffer),
         command_read, command_write, command_write_zeroes => {
             const length = sys.fileOffset(command.length) orelse return -sys.EINVAL;
             if (length + command.buffer_offset > queue.config.io_bytes_max) return -sys.EINVAL;
@@ -545,7 +536,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
             } else {
                 sqe.opcode = if (command.op == command_read) op_read_fixed else op_write_fixed;
                 sqe.addr = buffer + command.buffer_offset;
-                sqe.buf_index = @intCast(command.tag);
+                sqe.buf_index = tag;
             }
         },
         command_fsync => {
@@ -562,6 +553,12 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
         },
         else => return -sys.EINVAL,
     }
+    const kind: u32 = switch (command.op) {
+        command_fetch, command_commit, command_get_data => event_request,
+        command_wake => event_wake,
+        else => event_file,
+    };
+    sqe.user_data = tag | kind << 16;
     return 0;
 }
 
@@ -576,8 +573,7 @@ fn drain(queue: *Queue) i32 {
     var given: u32 = 0;
     for (0..count) |i| {
         const event = eventOf(&cqes[(head +% @as(u32, @intCast(i))) & mask]);
-        const is_new = event.kind == event_request and event.result == 0;
-        if (takes and is_new and !arrived(queue, event.tag)) continue;
+        if (takes and event.kind == event_request and !arrived(queue, event.tag)) continue;
         events[given] = event;
         given += 1;
     }
@@ -585,16 +581,14 @@ fn drain(queue: *Queue) i32 {
     return @intCast(given);
 }
 
-pub fn eventOf(cqe: *const layout.Cqe) layout.Event {
-    return .{
-        .tag = @truncate(cqe.user_data),
-        .kind = switch (@as(u32, @intCast(cqe.user_data >> 16))) {
-            command_fetch, command_commit, command_get_data => event_request,
-            command_wake => event_wake,
-            else => event_file,
-        },
-        .result = cqe.res,
-    };
+pub inline fn eventOf(cqe: *const layout.Cqe) layout.Event {
+    const kind: u16 = @truncate(cqe.user_data >> 16);
+    return eventFor(@truncate(cqe.user_data), kind, cqe.res);
+}
+
+pub inline fn eventFor(tag: u16, kind: u16, result: i32) layout.Event {
+    const refused = kind == event_request and result != 0;
+    return .{ .tag = tag, .kind = if (refused) event_refused else kind, .result = result };
 }
 
 /// Whether a request can be served. One whose data cannot be had is answered here.
@@ -663,6 +657,7 @@ pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i
     if (request.dev_path_len > request.payload_len or request.queue_id > 0xffff) return -sys.EINVAL;
     if (!roomFor(&control.ring, 1)) return -sys.EBUSY;
     const sqe = nextSqe(&control.ring, 128);
+    sqe.* = std.mem.zeroes(layout.Sqe);
     sqe.opcode = op_uring_cmd;
     sqe.fd = request.control_fd;
     sqe.off = request.opcode;

@@ -22,6 +22,7 @@ import {
   COMMAND_COMMIT,
   COMMAND_FETCH,
   COMMAND_WORDS,
+  EVENT_REFUSED,
   EVENT_REQUEST,
   EVENT_WORDS,
   type QueueConfig,
@@ -259,7 +260,8 @@ export class PlayedDriver extends Shim {
     const words = new Int32Array(queue.memory.events);
     for (let at = 0; at < count * EVENT_WORDS; at += EVENT_WORDS) {
       const [kind, tag] = [words[at]! >>> TAG_BITS, words[at]! & TAG_MASK];
-      if (kind === EVENT_REQUEST && queue.retired.has(tag)) words[at + 1] = -ERRNO.ENODEV;
+      if (kind !== EVENT_REQUEST || !queue.retired.has(tag)) continue;
+      words.set([EVENT_REFUSED << TAG_BITS | tag, -ERRNO.ENODEV], at);
     }
   }
 }

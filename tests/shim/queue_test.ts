@@ -35,6 +35,7 @@ import {
   COMMAND_UNREGISTER,
   COMMAND_WORDS,
   EVENT_FILE,
+  EVENT_REFUSED,
   EVENT_REQUEST,
   EVENT_WORDS,
   type QueueConfig,
@@ -86,6 +87,7 @@ class SpyShim extends Shim {
       const [head, result] = [eventWords[at]!, eventWords[at + 1]!];
       const event = { kind: head >>> TAG_BITS, tag: head & 0xffff, result };
       this.onEvent(event);
+      if (event.kind === EVENT_REQUEST && event.result !== 0) event.kind = EVENT_REFUSED;
       eventWords.set([event.kind << TAG_BITS | event.tag, event.result], at);
     }
     return events;
