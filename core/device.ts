@@ -162,6 +162,7 @@ export class Device {
       refuseLackingFeatures(flags & ~control.dialect.flagsMask);
       const ioBytesMax = options.ioBytesMax ??
         (zeroCopyOf(flags) ? IO_BYTES_DEFAULT_ZERO_COPY : IO_BYTES_DEFAULT);
+      if (!zeroCopyOf(flags)) checkBuffers(options.depth, ioBytesMax);
       toParams(limits, ioBytesMax); // Refuse bad limits before there is a device.
 
       const info = await control.addDevice({
@@ -483,11 +484,15 @@ export function checkOptions(
   within("Device id", options.id, -1, 2 ** 20 - 1);
   within("Number of queues", options.queues, 1, QUEUES_MAX);
   within("Queue depth", options.depth, 1, DEPTH_MAX);
-  const { depth, ioBytesMax = IO_BYTES_DEFAULT } = options;
+  const { ioBytesMax = IO_BYTES_DEFAULT } = options;
   within("Largest I/O in bytes", ioBytesMax, 4096, IO_BYTES_MAX);
   if (ioBytesMax % 4096) {
     throw new UsageError(`Largest I/O ${ioBytesMax}: it must be a multiple of 4096 bytes`);
   }
+}
+
+/** For a device that copies. @throws {UsageError} one queue's buffers would take too much. */
+export function checkBuffers(depth: number, ioBytesMax: number): void {
   if (depth * ioBytesMax > QUEUE_BUFFER_BYTES_MAX) {
     throw new UsageError(
       `Queue depth ${depth} with ${ioBytesMax} bytes each: the buffers of a ` +

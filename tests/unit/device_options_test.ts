@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-/** `checkOptions`: the last value that is taken and the first that is not, for each option. */
+/** `checkOptions`, `checkBuffers`: the last value that is taken and the first that is not, for each option. */
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import {
+  checkBuffers,
   checkOptions,
   DEPTH_DEFAULT,
   IO_BYTES_DEFAULT,
@@ -59,17 +60,18 @@ test("checkOptions takes ioBytesMax from a page to 32 MiB, in whole pages", () =
   }
 });
 
-test("checkOptions takes a queue's buffers of 4 GiB, and one page more per tag not", () => {
+test("checkBuffers takes a queue's buffers of 4 GiB, and one page more per tag not", () => {
   const largest: [number, number][] = [[4096, 1048576], [128, 33554432], [1024, 4194304]];
   for (const [depth, ioBytesMax] of largest) {
-    takes({ depth, ioBytesMax });
+    checkBuffers(depth, ioBytesMax);
     const more: [number, number][] = [[depth + 1, ioBytesMax], [depth, ioBytesMax + 4096]];
     for (const [tooDeep, tooLarge] of more) {
-      if (tooDeep > 4096 || tooLarge > 33554432) continue;
-      refuses(
-        { depth: tooDeep, ioBytesMax: tooLarge },
-        `Queue depth ${tooDeep} with ${tooLarge} bytes each: the buffers of a queue may take ` +
-          "4294967296 bytes; lower one of the two",
+      assert.throws(
+        () => checkBuffers(tooDeep, tooLarge),
+        new UsageError(
+          `Queue depth ${tooDeep} with ${tooLarge} bytes each: the buffers of a queue may take ` +
+            "4294967296 bytes; lower one of the two",
+        ),
       );
     }
   }
