@@ -3,11 +3,13 @@
  * The queue loop of core/queue.ts and shim/ring.zig in C over liburing, as the yardstick of
  * bench/ring.ts: no driver, FETCH and COMMIT are NOPs. What the kernel is asked is the same: ring
  * flags and sizes, a registered ring, one enter for each batch, the wake-up read pending beside it.
+ * So is what each SQE holds: a NOP carries the io command that a driver would be given.
  *
  *   loop DEPTH    reads seconds from stdin, serves as long, prints requests, seconds, CPU seconds
  */
 #include <errno.h>
 #include <liburing.h>
+#include <linux/ublk_cmd.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,20 +17,17 @@
 #include <sys/timerfd.h>
 #include <time.h>
 
-#define READ 0
-#define WRITE 1
+#define READ UBLK_IO_OP_READ
+#define WRITE UBLK_IO_OP_WRITE
 #define WAKE 0xffff
-
-struct io_desc {
-    __u32 op_flags, nr_sectors;
-    __u64 start_sector, addr;
-};
+#define IO_BYTES (512 * 1024)
 
 enum state { FREE, FETCHED, SERVING };
 
 static struct io_uring ring;
-static volatile struct io_desc *descs;
+static volatile struct ublksrv_io_desc *descs;
 static unsigned char *states;
+static __u64 *addresses;
 static struct {
     __u64 requests, bytes, errors;
 } stats[32];
@@ -69,9 +68,11 @@ static struct io_uring_sqe *next_sqe(void) {
     return sqe;
 }
 
-static void command(unsigned tag) {
+static void command(unsigned tag, int result) {
     struct io_uring_sqe *sqe = next_sqe();
     io_uring_prep_nop(sqe);
+    struct ublksrv_io_cmd *cmd = (void *)sqe->cmd;
+    *cmd = (struct ublksrv_io_cmd){.tag = tag, .result = result, .addr = addresses[tag]};
     io_uring_sqe_set_data64(sqe, tag);
 }
 
@@ -93,7 +94,7 @@ static void commit(unsigned tag, int result) {
     stats[op & 31].requests++;
     if (result >= 0) stats[op & 31].bytes += result;
     else stats[op & 31].errors++;
-    command(tag);
+    command(tag, result);
 }
 
 static void handle(unsigned tag) {
@@ -123,7 +124,13 @@ static void set_up(unsigned depth) {
     descs = mmap(NULL, depth * sizeof(*descs), PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     states = calloc(depth, sizeof(*states));
-    if (descs == MAP_FAILED || !states) die("cannot map memory", ENOMEM);
+    addresses = calloc(depth, sizeof(*addresses));
+    char *buffers = mmap(NULL, (size_t)depth * IO_BYTES, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (descs == MAP_FAILED || buffers == MAP_FAILED || !states || !addresses)
+        die("cannot map memory", ENOMEM);
+    for (unsigned tag = 0; tag < depth; tag++)
+        addresses[tag] = (__u64)buffers + (__u64)tag * IO_BYTES;
 }
 
 int main(int argc, char **argv) {
@@ -137,7 +144,7 @@ int main(int argc, char **argv) {
         descs[tag].nr_sectors = 8;
         descs[tag].start_sector = 8 * tag;
         states[tag] = FETCHED;
-        command(tag);
+        command(tag, 0);
     }
     await_wake(timer);
     report(timer);
