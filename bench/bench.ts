@@ -27,8 +27,7 @@ import { build } from "../tools/build.ts";
 import { run } from "../tools/run.ts";
 import { runInGuest } from "../tools/vm.ts";
 import { drawReport } from "./chart.ts";
-import { type Plan, PLAN_FILE, PRESETS, REPORT_FILE } from "./plan.ts";
-import type { Report } from "./plan.ts";
+import { type Plan, PLAN_FILE, PRESETS, type Report, REPORT_FILE, settleSeconds } from "./plan.ts";
 import { providePrograms } from "./programs.ts";
 import { measureRing } from "./ring.ts";
 import { formatReport } from "./table.ts";
@@ -100,6 +99,9 @@ function parseCommandLine(args: string[]): Options | undefined {
   const sizes = (["quick", "full", "instructions"] as const).filter((size) => values[size]);
   if (sizes.length > 1) throw new RangeError(`--${sizes.join(" and --")} exclude each other`);
   const preset: Plan = PRESETS[sizes[0] ?? "default"];
+  if (only === "ring" && preset.ringDepths.length === 0) {
+    throw new RangeError("--only ring has nothing to measure with --instructions: leave out one");
+  }
   return {
     plan: {
       ...preset,
@@ -132,7 +134,7 @@ function guestTimeoutS(plan: Plan): number {
     plan.groups.length * CONTENDERS_MAX;
   return 120 + programs * PROGRAM_S + measurements * (plan.seconds + plan.rampSeconds) +
     plan.groups.length * CONTENDERS_MAX * plan.warmUpSeconds +
-    (plan.idleDevices.length + 3) * plan.idleSeconds;
+    (plan.idleDevices.length + 3) * (settleSeconds(plan) + plan.idleSeconds);
 }
 
 async function measureInGuest(plan: Plan, directory: string): Promise<Report> {

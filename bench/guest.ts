@@ -28,6 +28,7 @@ import {
   PLAN_FILE,
   type Report,
   REPORT_FILE,
+  settleSeconds,
 } from "./plan.ts";
 
 const RESULTS = "/results";
@@ -38,8 +39,11 @@ const MIB = 1024 ** 2;
 /** USER_HZ, the unit of times in /proc/<pid>/stat: 100 on every Debian kernel. */
 const TICKS_PER_SECOND = 100;
 
-/** Reads and writes, so that the code of both is compiled and all buffers have their pages. */
+/** Reads and writes, so that the code of both is compiled. */
 const WARM_UP: Case = { name: "warm-up", pattern: "randrw", blockBytes: 4096, depth: 64 };
+/** And then large ones for a moment, so that all buffers have their pages. */
+const FILL: Case = { name: "warm-up with 1M", pattern: "rw", blockBytes: MIB, depth: 16 };
+const FILL_SHARE = 1 / 7;
 
 /** A contender's device, ready to be measured. */
 interface Device {
@@ -229,11 +233,14 @@ function threadsCpuMs(pid: number): Map<string, number> {
   );
 }
 
-/** Requests that the device has completed so far. */
-function requests(path: string): number {
-  const text = readFileSync(`/sys/class/block/${path.slice("/dev/".length)}/stat`, "utf8");
-  const fields = text.trim().split(/\s+/).map(Number);
-  return fields[0]! + fields[4]!;
+function sysfs(path: string, attribute: string): string {
+  return readFileSync(`/sys/class/block/${path.slice("/dev/".length)}/${attribute}`, "utf8").trim();
+}
+
+/** Bytes that the device has read and written so far. */
+function transferred(path: string): number {
+  const fields = sysfs(path, "stat").split(/\s+/).map(Number);
+  return (fields[2]! + fields[6]!) * 512;
 }
 
 /** The part of fio's answer that is used. */
@@ -274,10 +281,10 @@ function measure(plan: Plan, load: Case, device: Device, repeat: number): Measur
   const { pid, path, contender } = device;
   run("sync"); // What the last one left in the page cache is not this one's to write.
   const cpuBefore = pid ? cpuSeconds(pid) : 0;
-  const requestsBefore = requests(path);
+  const before = transferred(path);
   const direction = fio(load, path, plan.seconds, plan.rampSeconds);
-  // Ramp included on both sides of the division.
-  const served = requests(path) - requestsBefore;
+  // fio's, however the driver splits them; ramp included on both sides of the division.
+  const served = (transferred(path) - before) / load.blockBytes;
   const percentile = direction.clat_ns.percentile ?? {};
   return {
     ...contender,
@@ -288,6 +295,7 @@ function measure(plan: Plan, load: Case, device: Device, repeat: number): Measur
     latencyP50Us: (percentile["50.000000"] ?? 0) / 1000,
     latencyP99Us: (percentile["99.000000"] ?? 0) / 1000,
     serverCpuUs: pid ? (cpuSeconds(pid) - cpuBefore) * 1e6 / served : null,
+    requestKiBMax: Number(sysfs(path, "queue/max_sectors_kb")),
   };
 }
 
@@ -331,7 +339,9 @@ function measureGroup(plan: Plan, group: Group, report: Report): void {
   if (plan.warmUpSeconds > 0) {
     for (const { path, contender } of devices.filter(({ pid }) => pid !== undefined)) {
       say(`warming ${contender.group}: ${contender.name}`);
-      attempt(report, contender, WARM_UP.name, () => fio(WARM_UP, path, plan.warmUpSeconds, 0));
+      for (const [load, share] of [[WARM_UP, 1], [FILL, FILL_SHARE]] as const) {
+        attempt(report, contender, load.name, () => fio(load, path, plan.warmUpSeconds * share, 0));
+      }
     }
   }
   const total = plan.repeats * group.cases.length * devices.length;
@@ -397,8 +407,9 @@ async function measureIdle(plan: Plan, report: Report): Promise<void> {
           call(command(id));
           made.push(id);
         }
-        // What a runtime does after its start is not the cost of having nothing to do.
-        await sleep(Math.min(10, plan.idleSeconds) * 1000);
+        // What a runtime does after its start is not the cost of having nothing to do. V8 compiles
+        // and collects for half a minute of an emulated processor.
+        await sleep(settleSeconds(plan) * 1000);
         const pids = ids.map(serverPid);
         const before = pids.map(threadsCpuMs);
         const startMs = performance.now();

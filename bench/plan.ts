@@ -8,7 +8,7 @@
 export interface Case {
   name: string;
   /** As fio calls it. */
-  pattern: "randread" | "randwrite" | "randrw" | "read" | "write";
+  pattern: "randread" | "randwrite" | "randrw" | "read" | "write" | "rw";
   blockBytes: number;
   /** Requests in flight, of each job. */
   depth: number;
@@ -80,7 +80,7 @@ export interface Plan {
   rampSeconds: number;
   /** Seconds are thousand millions of instructions, and the loop's files are in memory. */
   instructionClock?: boolean;
-  /** Of load on each server before its first measurement. */
+  /** Of small requests on each server before its first measurement. */
   warmUpSeconds: number;
   /** Size of the file behind each loop device. */
   fileMiB: number;
@@ -106,7 +106,7 @@ const DEFAULT: Plan = {
   warmUpSeconds: 14,
   fileMiB: 512,
   idleDevices: [1, 16],
-  idleSeconds: 20,
+  idleSeconds: 60,
   starts: 3,
   guestMemoryMiB: 4096,
   programs: GUESTS_PROGRAMS,
@@ -183,8 +183,6 @@ export const PRESETS = {
   },
 } as const satisfies Record<string, Plan>;
 
-export type PresetName = keyof typeof PRESETS;
-
 /** What ratios are made against. */
 export const YARDSTICK = "kublk";
 
@@ -192,6 +190,13 @@ export const YARDSTICK = "kublk";
 export const RING_GROUP = "ring";
 export const RING_YARDSTICK = "C and liburing";
 export const ringCase = (depth: number) => `queue loop without a driver, depth ${depth}`;
+
+/** How long idle devices are left alone before they are measured. */
+export const settleSeconds = ({ idleSeconds }: Plan) => Math.min(40, idleSeconds);
+
+/** Measurements of the ring are short and many: there is no disk and no scheduler in them. */
+export const ringRepeats = ({ repeats }: Plan) => 2 * repeats;
+export const ringSeconds = ({ seconds }: Plan) => seconds / 4;
 
 /** In the directory that both sides see. */
 export const PLAN_FILE = "plan.json";
@@ -207,8 +212,10 @@ export interface Measurement extends Contender {
   /** Null where there is no caller who waits. */
   latencyP50Us: number | null;
   latencyP99Us: number | null;
-  /** What the server process used for each request; null when the kernel serves by itself. */
+  /** What the server process used for each of fio's; null when the kernel serves by itself. */
   serverCpuUs: number | null;
+  /** The driver splits what is larger; null without a driver. */
+  requestKiBMax: number | null;
 }
 
 /** Servers that have nothing to do. */

@@ -15,7 +15,16 @@ import type { Readable, Writable } from "node:stream";
 import { EXECUTABLE } from "../tools/build.ts";
 import { run } from "../tools/run.ts";
 import { compile, fetchLibraries } from "./compile.ts";
-import { inTurn, type Plan, type Report, RING_GROUP, RING_YARDSTICK, ringCase } from "./plan.ts";
+import {
+  inTurn,
+  type Plan,
+  type Report,
+  RING_GROUP,
+  RING_YARDSTICK,
+  ringCase,
+  ringRepeats,
+  ringSeconds,
+} from "./plan.ts";
 
 const HERE = import.meta.dirname!;
 const SERVER = join(HERE, "ring_server.ts");
@@ -75,9 +84,9 @@ export async function measureRing(
     try {
       for (const program of all) loops.push(start(program, depth));
       for (const loop of loops) await serve(loop, Math.max(0.2, plan.warmUpSeconds / 4));
-      for (let repeat = 0; repeat < 2 * plan.repeats; repeat++) {
+      for (let repeat = 0; repeat < ringRepeats(plan); repeat++) {
         for (const loop of inTurn(loops, repeat)) {
-          const { requests, cpuSeconds } = await serve(loop, plan.seconds / 4);
+          const { requests, cpuSeconds } = await serve(loop, ringSeconds(plan));
           measurements.push({
             group: RING_GROUP,
             name: loop.name,
@@ -90,6 +99,7 @@ export async function measureRing(
             bytesPerSecond: 0,
             latencyP50Us: null,
             latencyP99Us: null,
+            requestKiBMax: null,
           });
         }
       }

@@ -9,6 +9,8 @@ import {
   type Report,
   RING_GROUP,
   RING_YARDSTICK,
+  ringRepeats,
+  ringSeconds,
   YARDSTICK,
 } from "./plan.ts";
 import { distinct, median, pick, ratio } from "./statistics.ts";
@@ -34,14 +36,15 @@ function table(rows: readonly (readonly string[])[]): string {
   return [rows[0]!, rule, ...rows.slice(1)].map(line).join("");
 }
 
+const isLarge = ({ bytesPerSecond, iops }: Measurement) => bytesPerSecond / iops > 65536;
+
 /** Large requests are judged by bytes. Bare numbers only: their unit is in the head. */
 function throughputOf(own: readonly Measurement[]) {
   const [first] = own;
   if (first!.group === RING_GROUP) {
     return { unit: "per CPU second", of: (it: Measurement) => it.iops };
   }
-  const isLarge = first!.bytesPerSecond / first!.iops > 65536;
-  return isLarge
+  return isLarge(first!)
     ? { unit: "MiB/s", of: (it: Measurement) => it.bytesPerSecond / 1024 ** 2 }
     : { unit: "IOPS", of: (it: Measurement) => it.iops };
 }
@@ -66,6 +69,7 @@ function row(own: Measurement[], yardstick: Measurement[]): string[] {
     middle(own.map((it) => it.serverCpuUs), isRing ? 3 : 1),
     middle(own.map((it) => it.latencyP50Us), 0),
     middle(own.map((it) => it.latencyP99Us), 0),
+    middle(own.filter(isLarge).map((it) => it.requestKiBMax), 0),
   ];
 }
 
@@ -82,6 +86,7 @@ function caseTable(measurements: Measurement[], group: string, load: string): st
     "CPU µs per I/O",
     "p50 µs",
     "p99 µs",
+    "largest request, KiB",
   ];
   const rows = distinct(here.map(({ name }) => name)).map((it) => row(of(it), of(yardstick)));
   // Columns that hold nothing here go.
@@ -129,13 +134,16 @@ function startTable({ starts }: Report): string {
 
 /** Everything that was measured, as Markdown. */
 export function formatReport(report: Report, plan: Plan, command: string): string {
+  const groups = distinct(report.measurements.map(({ group }) => group));
   const facts = {
     "command": `\`${command}\``,
     ...report.versions,
-    "repeats": `${plan.repeats} of ${plan.seconds} s each`,
+    "repeats": `${plan.repeats} of ${plan.seconds} s each` +
+      (groups.includes(RING_GROUP)
+        ? `; of the ring ${ringRepeats(plan)} of ${ringSeconds(plan)} s`
+        : ""),
   };
   const head = Object.entries(facts).map(([name, value]) => `- ${name}: ${value}\n`).join("");
-  const groups = distinct(report.measurements.map(({ group }) => group));
   const cases = groups.flatMap((group) => {
     const loads = report.measurements.filter((it) => it.group === group).map((it) => it.case);
     return distinct(loads).map((load) => caseTable(report.measurements, group, load));

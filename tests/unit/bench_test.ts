@@ -22,6 +22,7 @@ function measured(name: string, iops: number[], cpuUs: number | null = 10): Meas
     latencyP50Us: 100,
     latencyP99Us: 200,
     serverCpuUs: cpuUs,
+    requestKiBMax: 512,
   }));
 }
 
@@ -60,8 +61,8 @@ test("verdicts judge what was measured, in the direction of each target", () => 
   assert.deepEqual(met, {
     [`null, ${CASE}: IOPS of ubd / kublk`]: false,
     [`null, ${CASE}: server CPU per I/O of ubd / kublk`]: false,
-    "idle devices: 2, memory of one (PSS)": false,
-    "idle devices: 2, processor time of one": true,
+    "idle devices: 2 of ubd, memory of one (PSS)": false,
+    "idle devices: 2 of ubd, processor time of one": true,
   });
   const better = verdicts(report(measured("ubd", [101], 12), measured("kublk", [100])));
   assert.deepEqual(better.slice(0, 2).map((it) => it.met), [true, true]);
