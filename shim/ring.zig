@@ -675,7 +675,12 @@ pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i
         .reserved = 0,
     };
     const result = enterKernel(&control.ring, 0, enter_getevents);
-    return if (result < 0) result else 0;
+    const sq = &control.ring.sq;
+    if (result >= 0 or @atomicLoad(u32, sq.khead, .acquire) == sq.sqe_tail) return 0;
+    // The caller is told that it failed: it must not go along with the next one.
+    sq.sqe_tail -%= 1;
+    @atomicStore(u32, sq.ktail, sq.sqe_tail, .release);
+    return result;
 }
 
 /// Takes one completion: out[0] = payload number, out[1] = result. Returns 1, or 0 when none is
