@@ -375,7 +375,10 @@ export class Queue implements Disposable {
       try {
         if (kind !== EVENT_REQUEST) {
           const result = this.eventWords[index * EVENT_WORDS + 1]!;
-          if (kind === EVENT_FILE) this.completed(tag, result, handler);
+          if (kind === EVENT_FILE) {
+            if (this.states[tag] === SERVING) handler.resume!(this, tag, result);
+            else this.completed(tag, result, handler);
+          }
           else this.refused(tag, result, handler);
         } else if (this.states[tag] !== FETCHED) {
           throw new AssertionError("request on a tag that was not fetched");
@@ -407,7 +410,7 @@ export class Queue implements Disposable {
     handler.stopping?.();
   }
 
-  /** A file operation has ended, or the tag's buffer is registered, or is so no more. */
+  /** For a tag with a registered buffer: a file operation has ended, or what registers it has. */
   private completed(tag: number, result: number, handler: RequestHandler): void {
     switch (this.states[tag]) {
       case REGISTERING:

@@ -21,8 +21,9 @@ export class Layout {
   private readonly chunkBytes: number;
   /** What all have together. */
   readonly sizeBytes: number;
-  /** Where each file starts on the device, when they are one behind the other. */
+  /** Where each file starts on the device and ends, when they are one behind the other. */
   private readonly starts: number[] = [];
+  private readonly ends: number[] = [];
   /** Every answer of `locate`, as it is called for each request. */
   private readonly place: Place = { file: 0, at: 0, left: 0 };
 
@@ -34,8 +35,11 @@ export class Layout {
     for (const { sizeBytes } of extents) {
       this.starts.push(start);
       start += sizeBytes;
+      this.ends.push(start);
     }
     this.sizeBytes = start;
+    // A device may grow in use.
+    this.ends[extents.length - 1] = Infinity;
   }
 
   /** @returns where a byte of the device is; valid until the next call. */
@@ -45,9 +49,9 @@ export class Layout {
     let inFile: number;
     if (chunk === 0) {
       let file = 0;
-      while (offset >= this.end(file)) file++;
+      while (offset >= this.ends[file]!) file++;
       place.file = file;
-      place.left = this.end(file) - offset;
+      place.left = this.ends[file]! - offset;
       inFile = offset - this.starts[file]!;
     } else {
       const inChunk = offset % chunk;
@@ -69,15 +73,10 @@ export class Layout {
     const within = (bytes: number, most: number) => Math.min(Math.max(bytes, 0), most);
     if (chunk === 0) {
       const start = this.starts[file]!;
-      return within(offset - start, this.end(file) - start);
+      return within(offset - start, this.ends[file]! - start);
     }
     const width = chunk * this.extents.length;
     const inTurn = offset % width;
     return (offset - inTurn) / width * chunk + within(inTurn - file * chunk, chunk);
-  }
-
-  /** Where a file's part ends on the device. The last one's does not: a device may grow in use. */
-  private end(file: number): number {
-    return this.starts[file + 1] ?? Infinity;
   }
 }

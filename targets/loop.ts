@@ -420,11 +420,15 @@ export function discardUnit(backing: Backing, { shim }: OpenContext): number {
   return shim.native.ubd_fallocate(backing.fd, mode, behind, 4096) === 0 ? 4096 : 0;
 }
 
+/** One file operation is all of a READ or WRITE: nothing else is kept of such a request. */
+const WHOLE = 0;
+/** Several are. */
+const PARTS = 1;
 /** A request's second half, when it has one. */
-const SYNCING = 1;
-const ZEROING = 2;
+const SYNCING = 2;
+const ZEROING = 3;
 /** The rest of a READ is behind the file's end. */
-const FILLING = 3;
+const FILLING = 4;
 
 /** Unexpected, but the kernel may ask for patience; more than this is an error. */
 const RETRIES_MAX = 64;
@@ -456,11 +460,28 @@ export class LoopHandler implements RequestHandler {
   }
 
   handle(queue: Queue, tag: number): void {
+    // What most requests are, in one piece; `resume` has the other half of it.
+    const op = queue.op(tag);
+    if (op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE) {
+      const bytes = queue.bytes(tag);
+      const { file, at, left } = this.layout.locate(queue.offset(tag));
+      if (bytes <= left) {
+        this.phase[tag] = WHOLE;
+        const { fd } = this.spec.files[file]!;
+        if (op === UBLK_IO_OP_READ) return queue.read(tag, fd, 0, bytes, at);
+        return queue.write(tag, fd, 0, bytes, at, this.isDurable(queue, tag) ? RWF_DSYNC : 0);
+      }
+    }
+    this.divide(tag);
+    this.begin(queue, tag);
+  }
+
+  /** The request takes more than one operation, or none that moves data. */
+  private divide(tag: number): void {
+    this.phase[tag] = PARTS;
     this.done[tag] = 0;
-    this.phase[tag] = 0;
     this.retries[tag] = 0;
     this.file[tag] = 0;
-    this.begin(queue, tag);
   }
 
   /** Starts the file operation for what is left of the request. */
@@ -492,6 +513,14 @@ export class LoopHandler implements RequestHandler {
   }
 
   resume(queue: Queue, tag: number, result: number): void {
+    if (this.phase[tag] === WHOLE) {
+      if (result === queue.bytes(tag)) return queue.commit(tag, result);
+      this.divide(tag);
+    }
+    this.goOn(queue, tag, result);
+  }
+
+  private goOn(queue: Queue, tag: number, result: number): void {
     if (result === -ERRNO.EAGAIN || result === -ERRNO.EINTR) {
       if (this.retries[tag]!++ < RETRIES_MAX) return this.begin(queue, tag);
     }
@@ -583,7 +612,7 @@ export class LoopHandler implements RequestHandler {
   private nextFile(tag: number): void {
     this.file[tag]!++;
     this.done[tag] = 0;
-    this.phase[tag] = 0;
+    this.phase[tag] = PARTS;
   }
 
   private cleared(queue: Queue, tag: number, result: number): void {
