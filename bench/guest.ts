@@ -263,7 +263,7 @@ function fio(load: Case, path: string, seconds: number, rampSeconds: number): Fi
     ...["--name=bench", `--filename=${path}`, `--rw=${pattern}`, `--bs=${load.blockBytes}`],
     ...[`--iodepth=${load.depth}`, "--ioengine=io_uring", "--direct=1", "--time_based"],
     ...[`--numjobs=${count}`, "--group_reporting", "--unified_rw_reporting=1"],
-    ...[`--runtime=${seconds * 1000}ms`, `--ramp_time=${rampSeconds * 1000}ms`],
+    ...[`--runtime=${Math.round(seconds * 1000)}ms`, `--ramp_time=${rampSeconds * 1000}ms`],
     ...["--randrepeat=1", "--norandommap", "--output-format=json"],
   );
   // Warnings come before the answer.

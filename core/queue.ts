@@ -378,8 +378,7 @@ export class Queue implements Disposable {
           if (kind === EVENT_FILE) {
             if (this.states[tag] === SERVING) handler.resume!(this, tag, result);
             else this.completed(tag, result, handler);
-          }
-          else this.refused(tag, result, handler);
+          } else this.refused(tag, result, handler);
         } else if (this.states[tag] !== FETCHED) {
           throw new AssertionError("request on a tag that was not fetched");
         } else if (!copies && this.mustRegister(tag)) {

@@ -24,7 +24,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { release } from "node:os";
-import { join, resolve } from "node:path";
+import { basename, join, resolve } from "node:path";
 import process from "node:process";
 import { parseArgs } from "node:util";
 import { cached, cacheDir, processIdentity, processLives } from "./cache.ts";
@@ -70,6 +70,8 @@ export interface GuestOptions {
    * every time, whatever else the host does. All processors take turns in one thread.
    */
   instructionClock?: boolean;
+  /** Host directory for the disk behind /scratch; one for temporary files unless given. */
+  scratchDirectory?: string;
   /** Whether ublk_drv is loaded before the command; true unless given. */
   driver?: boolean;
   /** Added to the command's environment. */
@@ -109,10 +111,15 @@ export async function runInGuest(options: GuestOptions): Promise<GuestResult> {
     : await probeAcceleration(kernel, images);
 
   const directory = makeRunDirectory();
-  const cleanUp = () => rmSync(directory, { recursive: true, force: true });
+  const scratch = options.scratchDirectory
+    ? join(options.scratchDirectory, `${basename(directory)}.img`)
+    : join(directory, "scratch.img");
+  const cleanUp = () => {
+    for (const path of [directory, scratch]) rmSync(path, { recursive: true, force: true });
+  };
   process.once("exit", cleanUp);
   try {
-    await makeExt4(join(directory, "scratch.img"), { freeMiB: SCRATCH_MIB });
+    await makeExt4(scratch, { freeMiB: SCRATCH_MIB });
     writeFileSync(join(directory, "host/env"), guestEnvironment(options, timeoutS));
     writeFileSync(join(directory, "host/command"), options.command ?? "");
     if (options.resultsDir) mkdirSync(options.resultsDir, { recursive: true });
@@ -124,7 +131,7 @@ export async function runInGuest(options: GuestOptions): Promise<GuestResult> {
       ...["-chardev", `file,id=console,path=${directory}/console`, "-serial", "chardev:console"],
       ...disk(root, "snapshot=on"),
       ...disk(join(images, "modules.img"), "read-only=on"),
-      ...disk(join(directory, "scratch.img"), "cache=unsafe,discard=unmap"),
+      ...disk(scratch, "cache=unsafe,discard=unmap"),
       ...share("ubd", CHECKOUT, "readonly=on"),
       ...share("host", join(directory, "host")),
       ...(options.resultsDir ? share("results", resolve(options.resultsDir)) : []),
