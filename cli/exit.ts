@@ -76,7 +76,15 @@ export interface Failure extends Partial<UblkErrorDetails> {
   exitCode: number;
 }
 
+/** A failure that has already been put into words, mostly by another process. */
+export class ReportedError extends Error {
+  constructor(readonly failure: Failure) {
+    super(failure.message);
+  }
+}
+
 export function toFailure(error: unknown): Failure {
+  if (error instanceof ReportedError) return error.failure;
   const code = exitCode(error);
   if (code === EXIT.BUG) {
     const detail = error instanceof Error ? error.stack ?? error.message : String(error);

@@ -21,7 +21,6 @@ import { defineResize } from "./resize.ts";
 import { defineSetAffinity } from "./set_affinity.ts";
 import { commandOf, defineRun } from "./run.ts";
 import { defineUdev } from "./udev.ts";
-import { ReportedError } from "./start_server.ts";
 
 function defineProgram(): Command {
   const program = new Command("ubd")
@@ -138,7 +137,7 @@ export async function runProgram(): Promise<number> {
       reportFailure({ message: `${message}\nTry: ubd help`, exitCode: EXIT.USAGE }, json);
       return EXIT.USAGE;
     }
-    const failure = error instanceof ReportedError ? error.failure : toFailure(error);
+    const failure = toFailure(error);
     reportFailure(failure, json);
     return failure.exitCode;
   }

@@ -23,7 +23,7 @@ import type { DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { asFlusher, inPrivateMounts, mountNamespace } from "../core/isolation.ts";
 import { rerunArguments, restfulEnvironment, Shim } from "../ffi/mod.ts";
-import { EXIT, type Failure } from "./exit.ts";
+import { EXIT, type Failure, ReportedError } from "./exit.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
@@ -73,13 +73,6 @@ export type Answer =
   | { type: "added"; id: number }
   | { type: "live"; live: Live }
   | { type: "failed"; failure: Failure };
-
-/** A failure that another process has already put into words. */
-export class ReportedError extends Error {
-  constructor(readonly failure: Failure) {
-    super(failure.message);
-  }
-}
 
 /** Whether the process that gets this spec is to start the server, and watch it. */
 export function isSupervisor({ supervise, supervisor }: ServerSpec): boolean {

@@ -54,6 +54,7 @@ const MORE_USAGE_CASES: [string, RegExp][] = [
 
 const OTHER_CASES: [string, number, RegExp][] = [
   ["ubd add loop $D/absent", EXIT.FAILURE, /open .*absent: ENOENT.*check the path/],
+  ["ubd add loop $D/absent --supervise", EXIT.FAILURE, /open .*absent: ENOENT.*check the path/],
   ["ubd add loop $D", EXIT.FAILURE, /EISDIR/],
   ["ubd add loop $D/fixed", EXIT.PERMISSION, /open .*fixed: EPERM.*add --ro/],
   ["ubd del -n 999", EXIT.NO_DEVICE, /GET_DEV_INFO on device 999: ENODEV.*ubd list shows all/],

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { ERRNO } from "../../abi/errno.ts";
-import { EXIT, EXIT_MEANINGS, toFailure } from "../../cli/exit.ts";
+import { EXIT, EXIT_MEANINGS, ReportedError, toFailure } from "../../cli/exit.ts";
 import { assert as invariant, AssertionError } from "../../core/assert.ts";
 import { UblkError, UsageError } from "../../core/error.ts";
 
@@ -129,6 +129,11 @@ test("toFailure is plain JSON with the parts of a UblkError", () => {
     message: "Which file?",
     exitCode: 2,
   });
+});
+
+test("toFailure hands on what another process has put into words", () => {
+  const failure = toFailure(new UblkError({ errno: "EBUSY", operation: "lock a.img" }));
+  assert.deepStrictEqual(toFailure(new ReportedError(failure)), failure);
 });
 
 test("toFailure asks for a report of a bug, with the stack", () => {
