@@ -15,7 +15,7 @@ import { deviceUsers } from "../core/users.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
 import { STOPPING_SIGNAL } from "./start_server.ts";
-import { parseDeviceId, parseInteger } from "./size.ts";
+import { parseDeviceId } from "./size.ts";
 
 /** The server has let go when DEL_DEV ends; its process needs a moment more. */
 const SERVER_EXIT_DEADLINE_MS = 3000;
@@ -59,7 +59,7 @@ export function defineDel(program: Command): void {
         "  ubd del -a           all of them",
     )
     .argument("[device...]", "ids, or paths such as /dev/ublkb0")
-    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .option("-n, --number <id>", "device id", parseDeviceId)
     .option("-a, --all", "all devices")
     .option("--force", "even in use or hung: its users get I/O errors")
     .option("--if-unused", "let the driver check for users as it stops, where it can (7.0)")
@@ -79,8 +79,6 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
     throw new UsageError("--if-unused and --force exclude each other");
   }
   const deletion = { ...options, lazy: options.lazy || options.async || false };
-  const negative = ids.find((id) => id < 0);
-  if (negative !== undefined) throw new UsageError(`Device id ${negative}: it must be 0 or more`);
 
   using control = await Control.open();
   const deleted: number[] = [];

@@ -15,7 +15,7 @@ import {
   featureNames,
   knownParams,
 } from "./describe.ts";
-import { formatSize, parseDeviceId, parseInteger } from "./size.ts";
+import { formatSize, parseDeviceId } from "./size.ts";
 
 interface ListOptions {
   number?: number;
@@ -27,7 +27,7 @@ export function defineList(program: Command): void {
   program.command("list")
     .summary("show all devices, or one")
     .description("Shows all devices, or one, as the driver sees them.")
-    .option("-n, --number <id>", "only this device", (text) => parseInteger(text, "Device id"))
+    .option("-n, --number <id>", "only this device", parseDeviceId)
     .option("-v, --verbose", "everything, as indented JSON")
     .action(list);
 

@@ -16,7 +16,7 @@ import { UblkError } from "../core/error.ts";
 import { show } from "./add.ts";
 import { knownState } from "./recover.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
-import { oneDeviceId, parseDeviceId, parseInteger } from "./size.ts";
+import { oneDeviceId, parseDeviceId } from "./size.ts";
 
 interface QuiesceOptions {
   number?: number;
@@ -32,7 +32,7 @@ export function defineQuiesce(program: Command): void {
         "new requests wait until ubd recover. Needs --recovery when the device was added.",
     )
     .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
-    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .option("-n, --number <id>", "device id", parseDeviceId)
     .action(quiesce);
 }
 
@@ -44,7 +44,7 @@ export function defineUpgrade(program: Command): void {
         "that you run, with what the old one was told. I/O waits meanwhile and sees no error.",
     )
     .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
-    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .option("-n, --number <id>", "device id", parseDeviceId)
     .option("--force", "even with --recovery=fail: I/O fails meanwhile")
     .action(upgrade);
 }

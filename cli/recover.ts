@@ -7,7 +7,7 @@ import { UblkError } from "../core/error.ts";
 import { readState } from "../core/state.ts";
 import { show } from "./add.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
-import { oneDeviceId, parseDeviceId, parseInteger } from "./size.ts";
+import { oneDeviceId, parseDeviceId } from "./size.ts";
 
 export function defineRecover(program: Command): void {
   program.command("recover")
@@ -17,7 +17,7 @@ export function defineRecover(program: Command): void {
         "Id, path and mounts stay; what the server was told is taken from its state file.",
     )
     .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
-    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .option("-n, --number <id>", "device id", parseDeviceId)
     .action(recover);
 }
 

@@ -18,7 +18,7 @@ import { SECTOR_BYTES } from "../core/queue.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import { knownState } from "./recover.ts";
 import type { ServerSpec } from "./start_server.ts";
-import { formatSize, oneDeviceId, parseDeviceId, parseInteger, parseSize } from "./size.ts";
+import { formatSize, oneDeviceId, parseDeviceId, parseSize } from "./size.ts";
 
 interface ResizeOptions {
   number?: number;
@@ -36,7 +36,7 @@ export function defineResize(program: Command): void {
     )
     .argument("[device]", "id, or path such as /dev/ublkb0; or -n")
     .argument("[size]", "the new size, such as 2G; default: what the file has")
-    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .option("-n, --number <id>", "device id", parseDeviceId)
     .option("--force", "also make it smaller: what lies behind the new end is out of reach")
     .action(resize);
 }

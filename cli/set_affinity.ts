@@ -25,7 +25,7 @@ export function defineSetAffinity(program: Command): void {
         '  ubd set_affinity -n 0 -q 0 --cpuset "[0,2]"',
     )
     .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
-    .option("-n, --number <id>", "device id", (text) => parseInteger(text, "Device id"))
+    .option("-n, --number <id>", "device id", parseDeviceId)
     .option("-q, --queue <id>", "queue, from 0", (text) => parseInteger(text, "Queue"), 0)
     .option("--cpuset <cpus>", 'CPUs: "[0,2]", 0,2 or 0-3', parseCpus)
     .action(setAffinity);

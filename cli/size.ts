@@ -2,7 +2,7 @@
 /** Device ids as people type them, and the sizes and numbers of core/size.ts. @module */
 
 import { UsageError } from "../core/error.ts";
-import { parseInteger } from "../core/size.ts";
+import { checkDeviceId, parseInteger } from "../core/size.ts";
 
 export { formatSize, parseInteger, parseSize } from "../core/size.ts";
 
@@ -27,12 +27,11 @@ export function oneDeviceId(verb: string, device: number | undefined, number?: n
   if (device !== undefined && number !== undefined) throw new UsageError("Name the device once");
   const id = device ?? number;
   if (id === undefined) throw new UsageError(`Which device? ubd ${verb} -n ID`);
-  if (id < 0) throw new UsageError(`Device id ${id}: it must be 0 or more`);
   return id;
 }
 
 /** "3", "ublkb3" or "/dev/ublkb3". */
 export function parseDeviceId(text: string): number {
   const [, digits] = /^(?:(?:\/dev\/)?(?:ublk|ubd)b)?(\d+)$/.exec(text) ?? [];
-  return parseInteger(digits ?? text, "Device id");
+  return checkDeviceId(parseInteger(digits ?? text, "Device id"));
 }

@@ -37,6 +37,7 @@ import {
 import { pack, unpack, type Unpacked, type Values } from "../abi/struct.ts";
 import { PAYLOAD_BYTES, PAYLOAD_COUNT, Shim } from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
+import { checkDeviceId } from "./size.ts";
 
 const O_RDWR = 2;
 
@@ -313,8 +314,10 @@ export class Control implements Disposable {
 
   /** Submits and awaits one command. @returns its result; the answer is in options.payload. */
   async #run(command: ControlCommand, options: CommandOptions): Promise<number> {
+    const { deviceId = DEV_ID_AUTO } = options;
+    if (deviceId !== DEV_ID_AUTO) checkDeviceId(deviceId);
     const pathname = options.path ??
-      await this.#requiredPath(command, options.deviceId ?? DEV_ID_AUTO);
+      await this.#requiredPath(command, deviceId);
     const slot = this.#freePayloads.pop();
     if (slot === undefined) {
       throw new UblkError({ errno: "EBUSY", operation: command, ...device(options) });
@@ -327,7 +330,7 @@ export class Control implements Disposable {
     const submitted = this.shim.controlSubmit(this.#handle, {
       controlFd: this.#fd,
       opcode: this.dialect.controlOpcode(command, this.#ioctlEncoded),
-      deviceId: options.deviceId ?? DEV_ID_AUTO,
+      deviceId,
       queueId: options.queueId ?? QUEUE_ID_NONE,
       payload: slot,
       payloadBytes: path.length + (options.payload?.length ?? 0),

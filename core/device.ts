@@ -32,6 +32,7 @@ import { ignoring, UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
 import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
+import { DEVICE_ID_MAX } from "./size.ts";
 import { makersMark } from "./state.ts";
 import { type DeviceStats, sumStats } from "./stats.ts";
 import type { OpenTarget } from "./target.ts";
@@ -481,7 +482,7 @@ export function checkOptions(
       throw new UsageError(`${name} ${value}: it must be from ${min} to ${max}`);
     }
   };
-  within("Device id", options.id, -1, 2 ** 20 - 1);
+  within("Device id", options.id, -1, DEVICE_ID_MAX);
   within("Number of queues", options.queues, 1, QUEUES_MAX);
   within("Queue depth", options.depth, 1, DEPTH_MAX);
   const { ioBytesMax = IO_BYTES_DEFAULT } = options;

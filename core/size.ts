@@ -46,6 +46,15 @@ export function parseInteger(text: string, what: string): number {
   return Number(text);
 }
 
+/** As many minor numbers as the driver has. */
+export const DEVICE_ID_MAX = 2 ** 20 - 1;
+
+/** @throws {UsageError} no device can have this id: in a command's 32 bits it may be another's. */
+export function checkDeviceId(id: number): number {
+  if (Number.isInteger(id) && id >= 0 && id <= DEVICE_ID_MAX) return id;
+  throw new UsageError(`Device id ${id}: it must be from 0 to ${DEVICE_ID_MAX}`);
+}
+
 /** 250 GiB, 64.5 MiB, 512 bytes. */
 export function formatSize(bytes: number): string {
   const units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"];

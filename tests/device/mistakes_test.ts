@@ -197,7 +197,10 @@ deviceTest("ids with nothing behind them are not id 0", { anyKernel: true }, asy
     ["ubd del -n foo", EXIT.USAGE, /whole number/],
     ["ubd del ''", EXIT.USAGE, /whole number/],
     ["ubd del 0x0", EXIT.USAGE, /whole number/],
-    ["ubd del -n -1", EXIT.USAGE, /must be 0 or more/],
+    ["ubd del -n -1", EXIT.USAGE, /must be from 0 to 1048575/],
+    ["ubd del 4294967296", EXIT.USAGE, /must be from 0 to 1048575/],
+    ["ubd del --force -n 4294967296", EXIT.USAGE, /must be from 0 to 1048575/],
+    ["ubd info 4294967296", EXIT.USAGE, /must be from 0 to 1048575/],
   ]);
   const { stdout } = await scene.ubd("list", "-n", "0");
   assert.match(stdout, / state LIVE\n/, `${RUNNER}: the device is still there`);

@@ -122,7 +122,11 @@ test("ubd del deletes nothing unless it is told what", TIMEOUT, () => {
   mistake(["del", "-n", "foo"], 'Device id "foo": it must be a whole number');
   mistake(["del", "foo"], 'Device id "foo": it must be a whole number');
   mistake(["del", "-n", ""], 'Device id "": it must be a whole number');
-  mistake(["del", "-n", "-1"], "Device id -1: it must be 0 or more");
+  mistake(["del", "-n", "-1"], "Device id -1: it must be from 0 to 1048575");
+  for (const verb of ["del", "info", "recover", "quiesce", "upgrade", "resize", "set_affinity"]) {
+    mistake([verb, "4294967296"], "Device id 4294967296: it must be from 0 to 1048575");
+  }
+  mistake(["list", "-n", "4294967296"], "Device id 4294967296: it must be from 0 to 1048575");
   mistake(["del", "-a", "3"], "Name devices, or say --all: not both");
   mistake(["del", "-a", "-n", "3"], "Name devices, or say --all: not both");
   mistake(["del", "-n"], /option '-n, --number <id>' argument missing/);
