@@ -10,6 +10,7 @@ import { stat } from "node:fs/promises";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import {
+  UBLK_F_BATCH_IO,
   UBLK_F_NO_AUTO_PART_SCAN,
   UBLK_F_QUIESCE,
   UBLK_F_UNPRIVILEGED_DEV,
@@ -37,6 +38,7 @@ import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { EXIT, toFailure } from "./exit.ts";
 import {
   type Answer,
+  interruption,
   isSupervisor,
   LEASHED,
   linesOf,
@@ -69,6 +71,8 @@ export interface ServeOptions {
   onAdded: (id: number) => void;
   /** It is LIVE and its state file written. */
   onLive: (live: Live) => void;
+  /** Settles when whoever started this server has heard of `onLive`; undefined: nobody waits. */
+  accepted?: Promise<void>;
   /** Once it settles, the device is deleted as soon as nobody uses it. */
   unneeded?: Promise<void>;
 }
@@ -77,19 +81,24 @@ export interface ServeOptions {
  * Serves one device in this process until it is stopped.
  *
  * SIGINT and SIGTERM stop and delete it; SIGHUP too, unless `daemon`. When another process stops
- * the device, that one deletes it.
+ * the device, that one deletes it. A device that is being taken over is none of ours before
+ * `accepted`: told to end by then, this server leaves it waiting for another, as it was.
  *
  * @throws what kept it from becoming LIVE, or a queue thread's failure; no device is served then.
  */
 export async function serve(
   spec: ServerSpec,
-  { daemon, log, onAdded, onLive, unneeded }: ServeOptions,
+  { daemon, log, onAdded, onLive, accepted, unneeded }: ServeOptions,
 ): Promise<void> {
   const stopOrdered = Promise.withResolvers<"signal">();
-  for (const signal of ["SIGINT", "SIGTERM"] as const) {
-    process.on(signal, () => stopOrdered.resolve("signal"));
-  }
-  process.on("SIGHUP", () => daemon || stopOrdered.resolve("signal"));
+  let ours = spec.recover === undefined;
+  let leaving = false;
+  const interrupt = () => {
+    leaving ||= !ours;
+    stopOrdered.resolve("signal");
+  };
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, interrupt);
+  process.on("SIGHUP", () => daemon || interrupt());
 
   if (spec.rootStorage) surviveShutdown();
   using control = await Control.open();
@@ -97,9 +106,12 @@ export async function serve(
   const { name: targetName } = spec.target;
   const { recover, supervisor, ...lasting } = spec;
   const { compInTask, noPartScan, ...options } = spec.device;
+  const goOn = () => {
+    if (leaving) throw interruption(recover);
+  };
   const predecessor = recover === undefined ? undefined : readState(recover)?.pid;
   if (spec.watch && !quiescible(control)) throw lackError(UBLK_F_QUIESCE, "watch the module");
-  const target = await openTarget(control, spec, log);
+  const target = await openTarget(control, spec, goOn, log);
   const served = { targetName, target, queueThreadEntry, log };
   const device = recover === undefined
     ? await Device.create(control, {
@@ -114,12 +126,14 @@ export async function serve(
     : await Device.recover(control, recover, {
       ...served,
       confirm() {
+        goOn();
         // Patience may have outlasted the device, and another one may have its id.
         if (readState(recover)?.pid === predecessor) return;
         const hint = "another server has taken it over, or it is another device: see ubd list";
         throw new UblkError({ errno: "EBUSY", operation: "recover", device: recover, hint });
       },
     });
+  if (leaving) await leave(control, device);
   const { id } = device.info;
   process.on(STOPPING_SIGNAL, () => device.stopping());
   if (spec.watch) watchModule(id, (spec.target.options as unknown as ModuleSpec).file, log);
@@ -146,9 +160,12 @@ export async function serve(
   }
   try {
     onLive({ id, path: device.path, notes });
+    if (accepted) accepted.then(() => ours = true);
+    else ours = true;
     const { dialect } = control;
     unneeded?.then(() => unused(dialect.blockName(id))).then(() => stopOrdered.resolve("signal"));
     const end = await Promise.race([device.ended, stopOrdered.promise]);
+    if (end === "signal" && leaving) await leave(control, device);
     const quiesced = end !== "signal" && await device.isQuiesced();
     if (end === "signal") await device.stop();
     else device.letGo();
@@ -163,6 +180,17 @@ export async function serve(
   }
 }
 
+/** Lets go of a device that was taken over; where no command does that, this process's end does. */
+async function leave(control: Control, device: Device): Promise<never> {
+  const { id, flags } = device.info;
+  // Why not with batches: cli/quiesce.ts.
+  if (flags & UBLK_F_QUIESCE && !(flags & UBLK_F_BATCH_IO)) {
+    device.ended.then(() => device.letGo());
+    await Device.quiesce(control, id);
+  }
+  throw interruption(id);
+}
+
 /** A device that a server may leave can also be told to be left, where the kernel knows how. */
 function quiescible({ features = 0n }: Control): bigint {
   return features & UBLK_F_QUIESCE;
@@ -175,10 +203,13 @@ async function unused(blockName: string): Promise<void> {
 /**
  * In recovery, the kernel may still be letting go of what the old server had locked, and it knows
  * the device's size: that may have changed since it was added.
+ *
+ * @param goOn called before each try; may throw.
  */
 async function openTarget(
   control: Control,
   spec: ServerSpec,
+  goOn: () => void,
   log: (text: string) => void,
 ): Promise<OpenTarget> {
   const { dialect, shim } = control;
@@ -197,6 +228,7 @@ async function openTarget(
   const context = { shim, hasVolatileCache: dialect.hasVolatileCache };
   const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
   for (;;) {
+    goOn();
     try {
       return findTarget(name).open(options, context);
     } catch (error) {
@@ -301,7 +333,7 @@ export async function runServer(): Promise<number> {
         }
         answer({ type: "live", live });
       },
-      ...(leashed && { unneeded: letGo }),
+      ...(leashed ? { unneeded: letGo } : { accepted: letGo }),
     });
     return EXIT.OK;
   } catch (error) {

@@ -7,6 +7,8 @@
  * `/` as working directory, no inherited descriptors. The spec goes in on standard input, and
  * answers come back on standard output, one JSON object a line: the device's id once it exists,
  * then `live` or `failed`. A server that dies in between leaves a device, which the caller deletes.
+ * A caller that has heard `live` ends standard input: until then, to interrupt a server that takes
+ * a device over is to leave the device waiting.
  *
  * A caller that needs the device only while it lives itself keeps standard input open, as a leash:
  * when it is let go, also by kill -9, the server deletes the device once nobody uses it.
@@ -147,8 +149,7 @@ export async function spawnServer(
   child.stderr.on("data", (data) => complaint = `${complaint}${data}`.slice(-2000));
   child.stdin.on("error", () => {});
   child.stdin.write(`${JSON.stringify(spec)}\n`);
-  if (hold) hold(child.stdin);
-  else child.stdin.end();
+  hold?.(child.stdin);
 
   let added: number | undefined;
   const died = Promise.withResolvers<undefined>();
@@ -171,6 +172,7 @@ export async function spawnServer(
   for (const late of [answered, unstarted.promise]) late.catch(() => {});
   const outcome = await Promise.race([answered, unstarted.promise]) ?? await died.promise;
   if (outcome?.type === "live" && !interrupted) {
+    if (!hold) child.stdin.end(); // It knows by this that its answer has come.
     child.stdout.destroy();
     child.stderr.destroy();
     process.off("SIGINT", interrupt);
@@ -181,15 +183,20 @@ export async function spawnServer(
   // Only one that died without a word: whoever undid its work may see the id in other hands now.
   if (outcome === undefined && added !== undefined) await deleteLeftover(added);
   if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
-  if (interrupted) {
-    throw new ReportedError({ message: "interrupted", exitCode: EXIT.INTERRUPTED });
-  }
+  if (interrupted) throw interruption(spec.recover);
   throw new UblkError({
     errno: "ECANCELED",
     operation: "start the server",
     hint: `the server ended with ${child.signalCode ?? `code ${child.exitCode}`}` +
       (complaint ? `: ${complaint.trim()}` : ""),
   });
+}
+
+/** @param recover a device that was to be taken over: it is left as it was. */
+export function interruption(recover?: number): ReportedError {
+  const waits = `; device ${recover} waits for a server: ubd recover -n ${recover}`;
+  const message = `interrupted${recover === undefined ? "" : waits}`;
+  return new ReportedError({ message, exitCode: EXIT.INTERRUPTED });
 }
 
 /** A server that failed has undone what it did; one that was killed has not. */

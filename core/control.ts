@@ -192,13 +192,15 @@ export class Control implements Disposable {
    * Makes a device ready for a new server. The old one must have let go: the driver answers EBUSY
    * while its last reference to /dev/ublkcN lives, so this asks again for a while.
    *
+   * @param goOn called before each try; may throw.
    * @returns anew: false if another server has begun it, which may have died since, and this driver
    * does not begin again.
    * @throws {UblkError} EINVAL: it was not added for recovery, or has been stopped.
    */
-  async startUserRecovery(deviceId: number): Promise<{ anew: boolean }> {
+  async startUserRecovery(deviceId: number, goOn = () => {}): Promise<{ anew: boolean }> {
     const deadline = performance.now() + RECOVERY_DEADLINE_MS;
     for (;;) {
+      goOn();
       const result = await this.#run("START_USER_RECOVERY", { deviceId });
       if (result === 0) return { anew: true };
       const refused = UblkError.from(result, "START_USER_RECOVERY", { device: deviceId });

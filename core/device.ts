@@ -70,7 +70,7 @@ export interface RecoverOptions {
 }
 
 export interface TakeOverOptions extends RecoverOptions {
-  /** Throws when the device is another one by now: called when the driver has let us in. */
+  /** Throws when it is not to be: called while the driver does not let us in, and when it has. */
   confirm?: () => void;
 }
 
@@ -204,7 +204,7 @@ export class Device {
   static recover(control: Control, id: number, options: TakeOverOptions): Promise<Device> {
     return unwinding(options.log, async (undo) => {
       undo.push(() => options.target.close());
-      const { anew } = await control.startUserRecovery(id);
+      const { anew } = await control.startUserRecovery(id, options.confirm);
       if (!anew && charDeviceOpeners(control.dialect.charName(id)).length > 0) {
         const hint = "another server is taking it over: see ubd list";
         throw new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
@@ -580,7 +580,11 @@ function pageSize(): number {
   return 4096;
 }
 
-/** UBD_DEBUG_EXIT=STEP: die at that step, so that tests can see what is left behind. */
+/**
+ * So that tests can see what is left behind: UBD_DEBUG_EXIT=STEP, die at that step;
+ * UBD_DEBUG_INTERRUPT=STEP, interrupt the command that has started this server.
+ */
 export function checkpoint(step: string): void {
+  if (process.env.UBD_DEBUG_INTERRUPT === step) process.kill(process.ppid, "SIGINT");
   if (process.env.UBD_DEBUG_EXIT === step) process.exit(70);
 }

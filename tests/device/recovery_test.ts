@@ -230,3 +230,53 @@ deviceTest("recover refuses what it cannot recover", {}, async (scene) => {
   assert.equal((await scene.ubd("recover")).code, 2);
   await scene.del(device);
 });
+
+deviceTest("who interrupts a recovery leaves the device waiting, with its state", {
+  limitS: 300,
+  anyKernel: true,
+}, async (scene) => {
+  const image = scene.image("disk", 4 << 20);
+  await scene.sh(`head -c 4M /dev/urandom > ${image}; cp ${image} copy`);
+  let device = await scene.add("loop", image, "--recovery=wait");
+  const waits = async () => {
+    await until(() => servers().length === 0);
+    const { stdout } = await scene.ubd("list", "-n", `${device.id}`);
+    return stdout.includes("state QUIESCED") && stdout.includes(image);
+  };
+  await kill(scene, device, "QUIESCED");
+
+  // While it waits for its file.
+  const lock = scene.start(["flock", image, "sleep", "600"]);
+  assert.ok(await until(async () => (await scene.run(["flock", "-n", image, "true"])).code !== 0));
+  const typed = scene.start(["ubd", "recover", `${device.id}`]);
+  assert.ok(await until(() => servers().length === 1));
+  await scene.sh("sleep 1");
+  typed.kill("SIGINT");
+  const { code, stderr } = await typed.ended;
+  lock.kill("SIGKILL");
+  await lock.ended;
+  assert.equal(code, 130, stderr);
+  assert.ok(await until(waits), "interrupted while it waits for its file");
+
+  for (const step of ["recovery started", "queues started", "recovered"]) {
+    // A reader that finds a server for a moment gets its answer then, or from the next one.
+    const reader = scene.start(["cmp", "-n", "1M", "copy", device.path]);
+    const told = await scene.run(["ubd", "recover", `${device.id}`], {
+      env: { UBD_DEBUG_INTERRUPT: step },
+    });
+    if (told.code === 130) {
+      const message = /^ubd: interrupted; device \d+ waits for a server: ubd recover -n \d+\n$/;
+      assert.match(told.stderr, message);
+      assert.ok(await until(waits), step);
+      device = await recover(scene, device);
+    } else {
+      // It has heard that the device is LIVE before it came to hear of the signal.
+      assert.deepEqual([told.code, step === "recovery started"], [0, false], told.stderr);
+      device = scene.adopt(told.stdout);
+    }
+    assert.equal((await reader.ended).code, 0, step);
+    await kill(scene, device, "QUIESCED");
+  }
+  device = await recover(scene, device);
+  await scene.del(device);
+});
