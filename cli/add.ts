@@ -329,14 +329,15 @@ async function waitingDevice(spec: ServerSpec): Promise<{ recover?: number }> {
   const { id } = spec.device;
   if (id < 0 || !spec.recovery) return {};
   using control = await Control.open();
-  const known = readState(id);
-  if (!known || charDeviceOpeners(control.dialect.charName(id)).length > 0) return {};
+  let known;
   try {
-    if ((await control.getDeviceInfo(id)).state === UBLK_S_DEV_DEAD) return {};
+    const { state, targetFlags } = await control.getDeviceInfo(id);
+    known = state === UBLK_S_DEV_DEAD ? undefined : readState(id, targetFlags);
   } catch (error) {
     if (isNoneOfOurs(error)) return {};
     throw error;
   }
+  if (!known || charDeviceOpeners(control.dialect.charName(id)).length > 0) return {};
   // What the device itself has, the driver knows; and what was not said may have had another
   // default in the executable that added it.
   const said = (one: unknown) => ({ ...JSON.parse(JSON.stringify(one)), device: undefined });

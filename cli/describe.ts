@@ -124,7 +124,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
   const info = await control.getDeviceInfo(id);
   const params = await knownParams(control, id);
   const devt = params?.devt;
-  const state = readState(id);
+  const state = readState(id, info.targetFlags);
   // A device that waits for a server keeps the last one's id: it may be another process's by now.
   const waits = info.state === UBLK_S_DEV_QUIESCED || info.state === UBLK_S_DEV_FAIL_IO;
   const pid = waits ? -1 : info.pid;

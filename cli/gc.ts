@@ -103,7 +103,7 @@ async function abandoned(control: Control, id: number): Promise<Leftover | undef
   const { state, targetFlags } = info;
   if (state === UBLK_S_DEV_LIVE) return undefined;
   if (charDeviceOpeners(control.dialect.charName(id)).length > 0) return undefined;
-  const known = readState(id);
+  const known = readState(id, targetFlags);
   const server = known?.pid ?? makerOf(targetFlags);
   const needs: Leftover["needs"] = [];
   // One that still runs may be waiting for udev; whoever knows better can say so.

@@ -74,6 +74,8 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
     console.log(JSON.stringify({ ...facts, ...(params && { params }) }));
     return;
   }
+  const { targetFlags } = await control.getDeviceInfo(id);
+  const ours = readState(id, targetFlags) !== undefined;
   const served = facts.pid > 0 ? `process ${facts.pid}` : "nobody";
   const lines: [string, string][] = [
     ["device", `${facts.path} (${facts.block === "0:0" ? "not there" : facts.block})`],
@@ -82,7 +84,7 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
     ["block", `${facts.blockBytes} bytes${facts.readOnly ? ", read-only" : ""}`],
     ["queues", `${facts.queues} of depth ${facts.depth}, up to ${formatSize(facts.maxIoBytes)}`],
     ...(params ? wordsOf(params) : []),
-    ["served by", readState(id) === undefined ? `${served}, not of ubd` : served],
+    ["served by", ours ? served : `${served}, not of ubd`],
     ...(facts.supervisor === undefined
       ? []
       : [["supervised by", `process ${facts.supervisor}`] as [string, string]]),

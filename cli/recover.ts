@@ -35,8 +35,8 @@ async function recover(
 
 /** @throws {UblkError} ENODEV: no such device; ENOENT: nobody knows what it served. */
 export async function knownState(control: Control, id: number, operation: string) {
-  await control.getDeviceInfo(id);
-  const state = readState(id);
+  const { targetFlags } = await control.getDeviceInfo(id);
+  const state = readState(id, targetFlags);
   if (state) return state;
   throw new UblkError({
     errno: "ENOENT",

@@ -125,10 +125,10 @@ export async function serve(
     })
     : await Device.recover(control, recover, {
       ...served,
-      confirm() {
-        goOn();
+      goOn,
+      confirm({ targetFlags }) {
         // Patience may have outlasted the device, and another one may have its id.
-        if (readState(recover)?.pid === predecessor) return;
+        if (readState(recover, targetFlags)?.pid === predecessor) return;
         const hint = "another server has taken it over, or it is another device: see ubd list";
         throw new UblkError({ errno: "EBUSY", operation: "recover", device: recover, hint });
       },
@@ -143,6 +143,7 @@ export async function serve(
   }
   const facts = { name: targetName, dev_size: target.limits.sizeBytes, ...target.facts };
   const state = {
+    mark: device.info.targetFlags,
     pid: process.pid,
     ...(supervisor !== undefined && { supervisor }),
     ...(unneeded && { leashed: true }),
@@ -260,12 +261,12 @@ async function refuseAwaited(control: Control, spec: ServerSpec): Promise<void> 
   const files = await filesOf(spec);
   if (files.length === 0) return;
   for (const id of deviceIds(control)) {
-    const { pid, spec: known } = readState(id) ?? {};
+    const { spec: known } = readState(id) ?? {};
     const other = known as ServerSpec | undefined;
     if (!other?.recovery || (spec.target.options.readOnly && other.target.options.readOnly)) {
       continue;
     }
-    if (!(await awaitsServer(control, id, pid!))) continue;
+    if (!(await awaitsServer(control, id))) continue;
     const shared = (await filesOf(other)).find(({ key }) => files.some((file) => file.key === key));
     if (!shared) continue;
     throw new UblkError({
@@ -277,11 +278,13 @@ async function refuseAwaited(control: Control, spec: ServerSpec): Promise<void> 
   }
 }
 
-/** @param pid its last server's: while that lives, its lock is enough. */
-async function awaitsServer(control: Control, id: number, pid: number): Promise<boolean> {
+/** While the last server of a device lives, its lock is enough. */
+async function awaitsServer(control: Control, id: number): Promise<boolean> {
   try {
-    const { state } = await control.getDeviceInfo(id);
-    if (state === UBLK_S_DEV_LIVE) return !existsSync(`/proc/${pid}`);
+    const { state, targetFlags } = await control.getDeviceInfo(id);
+    const known = readState(id, targetFlags);
+    if (!known) return false; // It is another device.
+    if (state === UBLK_S_DEV_LIVE) return !existsSync(`/proc/${known.pid}`);
     return state !== UBLK_S_DEV_DEAD;
   } catch (error) {
     if (isNoneOfOurs(error)) return false;

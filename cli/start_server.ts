@@ -25,6 +25,7 @@ import type { DeviceOptions } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { asFlusher, inPrivateMounts, mountNamespace } from "../core/isolation.ts";
 import { rerunArguments, restfulEnvironment, Shim } from "../ffi/mod.ts";
+import { readState, removeState } from "../core/state.ts";
 import { EXIT, type Failure, ReportedError } from "./exit.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
@@ -202,9 +203,11 @@ export function interruption(recover?: number): ReportedError {
 /** A server that failed has undone what it did; one that was killed has not. */
 export async function deleteLeftover(id: number): Promise<void> {
   using control = await Control.open();
+  const pid = readState(id)?.pid;
   try {
     await control.stopDevice(id);
     await control.deleteDevice(id);
+    if (pid !== undefined) removeState(id, pid);
   } catch (error) {
     if (!(error instanceof UblkError && error.errno === "ENODEV")) throw error;
   }

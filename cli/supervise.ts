@@ -13,7 +13,7 @@ import type { ChildProcess } from "node:child_process";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import { harden } from "../core/isolation.ts";
-import { readState, removeState } from "../core/state.ts";
+import { readState } from "../core/state.ts";
 import { Shim } from "../ffi/mod.ts";
 import { EXIT } from "./exit.ts";
 import {
@@ -80,7 +80,6 @@ export async function supervise(
     if (readState(id)?.supervisor !== process.pid) return EXIT.OK;
     if (stop.signal.aborted) {
       await deleteLeftover(id);
-      removeState(id);
       return EXIT.OK;
     }
     server = await spawnServer({ ...supervised, recover: id }, () => {}).catch((error) => {

@@ -70,8 +70,10 @@ export interface RecoverOptions {
 }
 
 export interface TakeOverOptions extends RecoverOptions {
-  /** Throws when it is not to be: called while the driver does not let us in, and when it has. */
-  confirm?: () => void;
+  /** Throws when it is to be no longer: called while the driver does not let us in, and when it has. */
+  goOn?: () => void;
+  /** Throws when the device is another one by now: called when the driver has let us in. */
+  confirm?: (info: DeviceInfo) => void;
 }
 
 export interface DeviceOptions extends RecoverOptions, DataWish {
@@ -204,14 +206,15 @@ export class Device {
   static recover(control: Control, id: number, options: TakeOverOptions): Promise<Device> {
     return unwinding(options.log, async (undo) => {
       undo.push(() => options.target.close());
-      const { anew } = await control.startUserRecovery(id, options.confirm);
+      const { anew } = await control.startUserRecovery(id, options.goOn);
       if (!anew && charDeviceOpeners(control.dialect.charName(id)).length > 0) {
         const hint = "another server is taking it over: see ubd list";
         throw new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
       }
-      options.confirm?.();
-      checkpoint("recovery started");
+      options.goOn?.();
       const info = await control.getDeviceInfo(id);
+      options.confirm?.(info);
+      checkpoint("recovery started");
       const { basic } = await control.getParams(id);
       const sizeBytes = Number(basic.dev_sectors) * SECTOR_BYTES;
       if (options.target.limits.sizeBytes < sizeBytes) {

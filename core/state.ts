@@ -31,6 +31,8 @@ const STATE_VERSION = 1;
 
 export interface DeviceState {
   version: number;
+  /** The device's mark, as the driver tells it; earlier versions wrote none. */
+  mark?: string;
   /** Process that serves the device. */
   pid: number;
   /** Process that starts the server again when it dies, if there is one. */
@@ -71,23 +73,32 @@ export function statePath(id: number): string {
   return join(stateDirectory(), `${id}.json`);
 }
 
-export function writeState(id: number, state: Omit<DeviceState, "version">): void {
+export function writeState(
+  id: number,
+  { mark, ...state }: Omit<DeviceState, "version" | "mark"> & { mark: bigint },
+): void {
   const made = mkdirSync(stateDirectory(), { recursive: true, mode: 0o755 });
   if (made !== undefined) chmodSync(stateDirectory(), 0o755); // The server's umask is stricter.
   checkDirectory(stateDirectory());
   const temporary = join(stateDirectory(), `.${id}.${process.pid}`);
   rmSync(temporary, { force: true });
-  const text = JSON.stringify({ version: STATE_VERSION, ...state }, null, 2);
+  const text = JSON.stringify({ version: STATE_VERSION, mark: toText(mark), ...state }, null, 2);
   writeFileSync(temporary, `${text}\n`, { mode: 0o600, flag: "wx" });
   renameSync(temporary, statePath(id));
 }
 
-/** @returns undefined when there is none, or none that this version understands. */
-export function readState(id: number): DeviceState | undefined {
+/**
+ * @param mark of the device that has this id now: the state of another one, which had the id
+ * before and was deleted behind our back, counts as none.
+ * @returns undefined when there is none, or none that this version understands.
+ */
+export function readState(id: number, mark?: bigint): DeviceState | undefined {
   try {
     checkDirectory(stateDirectory());
     const state = JSON.parse(readFileSync(statePath(id), "utf8")) as DeviceState;
-    return state.version === STATE_VERSION ? state : undefined;
+    if (state.version !== STATE_VERSION) return undefined;
+    const another = mark !== undefined && state.mark !== undefined && state.mark !== toText(mark);
+    return another ? undefined : state;
   } catch {
     return undefined;
   }
@@ -106,6 +117,7 @@ const MARK_PID = (1n << 22n) - 1n;
 /**
  * What a new device is marked with, in the field that the driver keeps for servers: a device
  * exists before its state file does, and whoever was killed in between can only be found by this.
+ * It stays the device's in a recovery, and tells a device from another that had its id before.
  */
 export function makersMark(pid: number): bigint {
   return pidNamespace() << 32n | MARK | BigInt(pid);
@@ -115,6 +127,11 @@ export function makersMark(pid: number): bigint {
 export function makerOf(mark: bigint): number | undefined {
   const pid = Number(mark & MARK_PID);
   return mark === makersMark(pid) ? pid : undefined;
+}
+
+/** More than a number of JSON holds. */
+function toText(mark: bigint): string {
+  return `0x${mark.toString(16)}`;
 }
 
 /** A process id means nothing outside of its namespace. */

@@ -2,6 +2,7 @@
 /** Devices that outlive their server. */
 
 import assert from "node:assert/strict";
+import { readFileSync, writeFileSync } from "node:fs";
 import process from "node:process";
 import {
   type Added,
@@ -13,6 +14,7 @@ import {
   type Scene,
   servers,
   startVerifier,
+  statePath,
   until,
 } from "./helpers.ts";
 
@@ -279,4 +281,25 @@ deviceTest("who interrupts a recovery leaves the device waiting, with its state"
   }
   device = await recover(scene, device);
   await scene.del(device);
+});
+
+deviceTest("the state of another device that had the id before counts as none", {
+  anyKernel: true,
+}, async (scene) => {
+  const image = scene.image("disk", 1 << 20);
+  const first = await scene.add("loop", image, "-n", "57", "--recovery");
+  const stale = readFileSync(statePath(57), "utf8");
+  await scene.del(first);
+  const device = await scene.add("loop", scene.image("other", 1 << 20), "-n", "57", "--recovery");
+  const own = readFileSync(statePath(57), "utf8");
+  await kill(scene, device, "QUIESCED");
+  writeFileSync(statePath(57), stale);
+  assert.doesNotMatch((await scene.ubd("list", "-n", "57")).stdout, /backing_file/);
+  const { code, stderr } = await scene.ubd("recover", "57");
+  assert.equal(code, 1, stderr);
+  assert.match(stderr, /^ubd: Cannot recover on device 57: ENOENT.*it has no state file/);
+  // Its file is not spoken for.
+  await scene.del(await scene.add("loop", image));
+  writeFileSync(statePath(57), own);
+  await scene.del(await recover(scene, device));
 });

@@ -8,7 +8,7 @@ import process from "node:process";
 import { test } from "node:test";
 import { type DeviceInfo, UBLK } from "../../abi/dialect.ts";
 import { pack, unpack } from "../../abi/struct.ts";
-import { UBLK_PARAMS } from "../../abi/ublk_cmd.ts";
+import { UBLK_PARAMS, UBLK_S_DEV_LIVE, UBLK_S_DEV_QUIESCED } from "../../abi/ublk_cmd.ts";
 import {
   describeDevice,
   describeParams,
@@ -18,6 +18,7 @@ import {
   featureNames,
 } from "../../cli/describe.ts";
 import type { Control } from "../../core/control.ts";
+import { makersMark, removeState, writeState } from "../../core/state.ts";
 
 const FACTS: DeviceFacts = {
   id: 5,
@@ -156,6 +157,28 @@ test("describeDevice takes size, block, attributes and numbers from the driver's
   assert.strictEqual(facts.block, "259:7");
   assert.deepStrictEqual(facts.target, {});
 });
+
+const skip = process.getuid!() !== 0 && "needs root";
+
+test(
+  "describeDevice tells no target of another device that had the id before",
+  { skip },
+  async () => {
+    const mark = makersMark(process.pid);
+    const target = { name: "loop", backing_file: "/a.img" };
+    writeState(ID, { mark, pid: process.pid, target, queues: [], spec: {} });
+    try {
+      for (const state of [UBLK_S_DEV_LIVE, UBLK_S_DEV_QUIESCED]) {
+        const told = async (targetFlags: bigint) =>
+          (await describeDevice(fakeControl({ state, targetFlags }), ID)).target.name;
+        assert.strictEqual(await told(mark), "loop");
+        assert.strictEqual(await told(0n), undefined);
+      }
+    } finally {
+      removeState(ID);
+    }
+  },
+);
 
 test("describeParams names what the device has, in bytes", () => {
   const basic = {

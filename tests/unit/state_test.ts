@@ -35,7 +35,9 @@ const skip = !isRoot && process.env.XDG_RUNTIME_DIR === undefined
   ? "needs root or XDG_RUNTIME_DIR"
   : false;
 
+const MARK = makersMark(process.pid);
 const STATE = {
+  mark: MARK,
   spec: { any: ["JSON", 1] },
   pid: process.pid,
   target: { name: "loop", backing_file: "/a \u00e9.img", direct_io: 1, read_only: true },
@@ -58,7 +60,11 @@ test(
   () => {
     assert.strictEqual(readState(ID), undefined);
     writeState(ID, STATE);
-    assert.deepStrictEqual(readState(ID), { version: 1, ...STATE });
+    assert.deepStrictEqual(readState(ID), {
+      version: 1,
+      ...STATE,
+      mark: `0x${MARK.toString(16)}`,
+    });
   },
 );
 
@@ -112,6 +118,17 @@ for (const [what, path] of [["file", FILE], ["temporary file", TEMPORARY]] as co
     }
   });
 }
+
+test("readState takes the state of another device with the same id for none", { skip }, () => {
+  writeState(ID, STATE);
+  assert.strictEqual(readState(ID, MARK)?.pid, process.pid);
+  for (const other of [0n, MARK + 1n, MARK ^ 1n << 63n]) {
+    assert.strictEqual(readState(ID, other), undefined);
+  }
+  // A file that was written before states had marks counts, as it did then.
+  writeFileSync(FILE, readFileSync(FILE, "utf8").replace(/"mark".*\n/, ""));
+  assert.strictEqual(readState(ID, MARK + 1n)?.pid, process.pid);
+});
 
 test("readState ignores another version, and what is no JSON", { skip }, () => {
   writeState(ID, STATE);
