@@ -154,7 +154,16 @@ export const ERRNO = {
   ...ALIASES,
 };
 
-const NAMES: ReadonlyMap<number, ErrnoName> = new Map(ROWS.map(([name, number]) => [number, name]));
+/**
+ * ENOTSUPP, which is the kernel's own and no C library's: the driver of Linux 6.4 to 6.10 answers
+ * it to opcodes it does not know, later ones EOPNOTSUPP.
+ */
+const ENOTSUPP = 524;
+
+const NAMES: ReadonlyMap<number, ErrnoName> = new Map([
+  ...ROWS.map(([name, number]) => [number, name] as const),
+  [ENOTSUPP, "EOPNOTSUPP"],
+]);
 const TEXTS: ReadonlyMap<string, string> = new Map(ROWS.map(([name, _, text]) => [name, text]));
 
 /** Name of an errno, of either sign; `errno 4095` for a number that has none. */

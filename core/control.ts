@@ -23,7 +23,7 @@ import {
   type Dialect,
   QUEUE_ID_NONE,
 } from "../abi/dialect.ts";
-import { ERRNO } from "../abi/errno.ts";
+import { ERRNO, errnoName } from "../abi/errno.ts";
 import {
   FEATURE_KERNEL,
   FEATURE_NAMES,
@@ -260,7 +260,7 @@ export class Control implements Disposable {
     const result = this.#ioctlEncoded ? await this.#run(command, { deviceId }) : -ERRNO.EOPNOTSUPP;
     if (result >= 0) return;
     const hint = `kernel ${release()} lacks DEL_DEV_ASYNC (needs 6.9)`;
-    const lacks = result === -ERRNO.EOPNOTSUPP && { hint };
+    const lacks = errnoName(result) === "EOPNOTSUPP" && { hint };
     throw UblkError.from(result, command, { device: deviceId, ...lacks });
   }
 

@@ -229,6 +229,7 @@ test("errno: names, numbers of either sign, and messages", () => {
   assert.equal(errnoName(ERRNO.EWOULDBLOCK), "EAGAIN");
   assert.equal(errnoName(41), "errno 41"); // a hole of the kernel's numbering
   assert.equal(errnoName(4095), "errno 4095");
+  assert.equal(errnoName(-524), "EOPNOTSUPP"); // the kernel's own ENOTSUPP: the same to a user
   assert.equal(errnoText("ENOSUCH"), "ENOSUCH");
   const holes = [41, 58];
   for (let n = 1; n <= 133; n++) {
