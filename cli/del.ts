@@ -6,12 +6,12 @@ import process from "node:process";
 import { clearTimeout, setTimeout } from "node:timers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Command, Option } from "commander";
-import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
+import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { checkpoint } from "../core/device.ts";
 import { ignoring, UblkError, UsageError } from "../core/error.ts";
 import { readState, removeState } from "../core/state.ts";
-import { deviceUsers } from "../core/users.ts";
+import { charDeviceOpeners, deviceUsers } from "../core/users.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
 import { STOPPING_SIGNAL } from "./start_server.ts";
@@ -103,13 +103,15 @@ export async function deleteDevice(
   id: number,
   { force = false, ifUnused = false, lazy = false }: Deletion,
 ): Promise<void> {
-  const { pid, state } = await control.getDeviceInfo(id);
+  const { pid: lastPid, state } = await control.getDeviceInfo(id);
+  // A device that nobody serves keeps the last server's: it may be another process's by now.
+  const pid = state === UBLK_S_DEV_LIVE ? lastPid : -1;
   if (!force) await refuseUsed(control, id);
   const statePid = readState(id)?.pid;
   const canTry = ((control.features ?? 0n) & UBLK_F_SAFE_STOP_DEV) !== 0n;
   const tried = ifUnused && canTry && state !== UBLK_S_DEV_DEAD;
   if (tried) await stopUnused(control, id);
-  using _ = hurrying(id, pid, force);
+  using _ = hurrying(control, id, pid, force);
   // DEL_DEV stops too: one that the kernel refuses, because it is lazy, must not have stopped.
   if (!tried && !lazy) await control.stopDevice(id);
   checkpoint("stopped");
@@ -143,11 +145,13 @@ async function stopUnused(control: Control, id: number): Promise<void> {
 
 /**
  * The driver waits for requests being served, and these may wait for something far away, or for
- * ever. A server of ours is told, and by --force killed, when that takes long.
+ * ever. A server of ours is told, and by --force killed, when that takes long; nobody else is,
+ * should it have died since and its process id be in other hands.
  */
-function hurrying(id: number, pid: number, force: boolean): Disposable {
+function hurrying(control: Control, id: number, pid: number, force: boolean): Disposable {
   const send = (signal: NodeJS.Signals) => {
     if (pid <= 0 || readState(id)?.pid !== pid) return;
+    if (!charDeviceOpeners(control.dialect.charName(id)).includes(pid)) return;
     try {
       process.kill(pid, signal);
     } catch { /* it has just ended */ }
