@@ -20,6 +20,7 @@ import { makerOf, readState, stateDirectory, statePath } from "../core/state.ts"
 import { charDeviceOpeners } from "../core/users.ts";
 import { deleteDevice } from "./del.ts";
 import { deviceIds } from "./describe.ts";
+import { reportFailure, toFailure } from "./exit.ts";
 
 /** Between the two looks. */
 const GRACE_MS = 1000;
@@ -32,7 +33,7 @@ interface GcOptions {
 }
 
 /** A device or a file that nobody looks after. */
-interface Leftover {
+export interface Leftover {
   device?: number;
   file?: string;
   why: string;
@@ -63,11 +64,13 @@ async function gc(options: GcOptions): Promise<void> {
   }
   const given = { "--all": options.all, "--force": options.force };
   const may = ({ needs }: Leftover) => needs.every((option) => given[option]);
-  const removed = found.filter(may);
+  const removable = found.filter(may);
   const kept = found.filter((leftover) => !may(leftover));
+  const { removed, failures } = options.dryRun
+    ? { removed: removable, failures: [] }
+    : await removeAll(control, removable, may);
+  const verb = options.dryRun ? "would remove" : "removed";
   for (const leftover of removed) {
-    if (!options.dryRun) await remove(control, leftover);
-    const verb = options.dryRun ? "would remove" : "removed";
     if (!options.json) console.log(`${verb} ${nameOf(leftover)}: ${leftover.why}`);
   }
   for (const leftover of kept) {
@@ -75,6 +78,8 @@ async function gc(options: GcOptions): Promise<void> {
       `ubd: kept ${nameOf(leftover)}: ${leftover.why}; ${leftover.needs.join(" ")} removes it\n`,
     );
   }
+  for (const failure of failures.slice(1)) reportFailure(toFailure(failure), false);
+  if (failures.length > 0) throw failures[0];
   if (options.json) console.log(JSON.stringify({ removed, kept, dryRun: options.dryRun ?? false }));
 }
 
@@ -142,7 +147,33 @@ function staleFiles(devices: number[]): Leftover[] {
   });
 }
 
-async function remove(control: Control, { device, file }: Leftover): Promise<void> {
-  if (file !== undefined) return rmSync(file, { force: true });
-  await deleteDevice(control, device!, { force: true });
+/**
+ * Looks at each once more right before it removes it: to remove those before it may have taken
+ * long, and a server have come meanwhile. One that cannot be removed does not keep the others.
+ */
+export async function removeAll(
+  control: Control,
+  leftovers: readonly Leftover[],
+  may: (leftover: Leftover) => boolean,
+): Promise<{ removed: Leftover[]; failures: unknown[] }> {
+  const removed: Leftover[] = [];
+  const failures: unknown[] = [];
+  for (const leftover of leftovers) {
+    const { device, file } = leftover;
+    try {
+      if (file !== undefined) {
+        if (!staleFiles(deviceIds(control)).some((stale) => stale.file === file)) continue;
+        rmSync(file, { force: true });
+      } else {
+        const now = await abandoned(control, device!);
+        if (!now || !may(now)) continue;
+        await deleteDevice(control, device!, { force: true });
+      }
+      removed.push(leftover);
+    } catch (error) {
+      const gone = error instanceof UblkError && error.errno === "ENODEV";
+      if (!gone) failures.push(error);
+    }
+  }
+  return { removed, failures };
 }
