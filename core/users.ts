@@ -20,7 +20,8 @@ export async function deviceUsers(blockName: string): Promise<string[]> {
   const lasting = () => {
     const nodes = deviceNodes(blockName);
     const swaps = swapPaths(blockName).map((path) => `${path} is swap`);
-    return [...mounts(nodes), ...swaps, ...holders(blockName), ...loops(nodes)];
+    const parts = [...journals(nodes), ...btrfs(nodes)];
+    return [...mounts(nodes), ...parts, ...swaps, ...holders(blockName), ...loops(nodes)];
   };
   const deadline = performance.now() + PATIENCE_MS;
   for (;;) {
@@ -50,13 +51,50 @@ function mounts(nodes: Map<string, string>): string[] {
     const namespace = linkTarget(`/proc/${pid}/ns/mnt`);
     if (namespaces.has(namespace)) continue;
     namespaces.add(namespace);
-    for (const line of contents(`/proc/${pid}/mountinfo`).split("\n")) {
-      const [, , number, , point] = line.split(" ");
-      if (number === undefined || !nodes.has(number)) continue;
-      found.add(`/dev/${nodes.get(number)} is mounted on ${unescapeMount(point!)}`);
-    }
+    for (const user of mountsIn(contents(`/proc/${pid}/mountinfo`), nodes)) found.add(user);
   }
   return [...found];
+}
+
+/**
+ * File systems on several devices, such as btrfs, have a number of their own (0:N) and name one of
+ * them as their source; XFS tells in its options where its log and its realtime data are.
+ */
+export function mountsIn(mountinfo: string, nodes: ReadonlyMap<string, string>): string[] {
+  const names = new Set(nodes.values());
+  const nameOf = (path = "") => {
+    const name = unescapeMount(path).replace("/dev/", "");
+    return names.has(name) ? name : undefined;
+  };
+  return mountinfo.split("\n").flatMap((line) => {
+    const [mount = "", superblock = ""] = line.split(" - ");
+    const [, , number = "", , point = ""] = mount.split(" ");
+    const [, source, options = ""] = superblock.split(" ");
+    const where = unescapeMount(point);
+    const main = nodes.get(number) ?? (number.startsWith("0:") ? nameOf(source) : undefined);
+    const parts = options.split(",").flatMap((option) => {
+      const [, what, path] = /^(logdev|rtdev)=(.*)$/.exec(option) ?? [];
+      const name = nameOf(path);
+      return name === undefined ? [] : [`/dev/${name} is the ${what} of ${where}`];
+    });
+    return [...(main === undefined ? [] : [`/dev/${main} is mounted on ${where}`]), ...parts];
+  });
+}
+
+/** Those of ext4 that are on a device of their own; others are named NAME-INODE. */
+function journals(nodes: Map<string, string>): string[] {
+  const names = new Set(nodes.values());
+  return namesIn("/proc/fs/jbd2").filter((name) => names.has(name))
+    .map((name) => `/dev/${name} is the journal of a mounted file system`);
+}
+
+/** No more than one device of a btrfs is in its mount's source. */
+function btrfs(nodes: Map<string, string>): string[] {
+  const names = new Set(nodes.values());
+  return namesIn("/sys/fs/btrfs").flatMap((id) =>
+    namesIn(`/sys/fs/btrfs/${id}/devices`).filter((name) => names.has(name))
+      .map((name) => `/dev/${name} is a part of the mounted btrfs ${id}`)
+  );
 }
 
 /** @returns paths of the device and its partitions that are swap. */

@@ -44,6 +44,19 @@ deviceTest("del refuses a device that is mounted, swap, held or open, and names 
   await refuses(scene, device, new RegExp(`${device.path} is swap`));
   await scene.sh(`swapoff ${device.path}`);
 
+  // File systems with a part of them on another device: no mount names that one by its number.
+  const main = scene.image("main", 400 << 20);
+  const mainLoop = await scene.losetup(main);
+  await scene.sh(`mke2fs -q -F -b 4096 -O journal_dev ${device.path}
+    mkfs.ext4 -q -b 4096 -J device=${device.path} ${mainLoop}`);
+  const journaled = await scene.mount("journaled", mainLoop);
+  await refuses(scene, device, new RegExp(`${device.path} is the journal of a mounted`));
+  await scene.sh(`umount ${journaled}; wipefs -qa ${device.path} ${mainLoop}`);
+  await scene.sh(`mkfs.xfs -q -f -l logdev=${device.path} ${mainLoop}`);
+  const logged = await scene.mount("logged", "-o", `logdev=${device.path}`, mainLoop);
+  await refuses(scene, device, new RegExp(`${device.path} is the logdev of .*/logged`));
+  await scene.sh(`umount ${logged}`);
+
   const reader = scene.start(["bash", "-c", `exec sleep 600 < ${device.path}`]);
   await scene.sh("sleep 0.5");
   await refuses(scene, device, /is open in process \d+ \(sleep\)/);
