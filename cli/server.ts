@@ -109,7 +109,7 @@ export async function serve(
   const goOn = () => {
     if (leaving) throw interruption(recover);
   };
-  const predecessor = recover === undefined ? undefined : readState(recover)?.pid;
+  const before = recover === undefined ? undefined : readState(recover);
   if (spec.watch && !quiescible(control)) throw lackError(UBLK_F_QUIESCE, "watch the module");
   const target = await openTarget(control, spec, goOn, log);
   const served = { targetName, target, queueThreadEntry, log };
@@ -125,10 +125,11 @@ export async function serve(
     })
     : await Device.recover(control, recover, {
       ...served,
+      nodes: before?.nodes ?? [],
       goOn,
       confirm({ targetFlags }) {
         // Patience may have outlasted the device, and another one may have its id.
-        if (readState(recover, targetFlags)?.pid === predecessor) return;
+        if (readState(recover, targetFlags)?.pid === before?.pid) return;
         const hint = "another server has taken it over, or it is another device: see ubd list";
         throw new UblkError({ errno: "EBUSY", operation: "recover", device: recover, hint });
       },
@@ -147,6 +148,7 @@ export async function serve(
     pid: process.pid,
     ...(supervisor !== undefined && { supervisor }),
     ...(unneeded && { leashed: true }),
+    nodes: device.nodes,
     target: facts,
     queues: [...device.queues],
     spec: lasting,
@@ -169,7 +171,7 @@ export async function serve(
     if (end === "signal" && leaving) await leave(control, device);
     const quiesced = end !== "signal" && await device.isQuiesced();
     if (end === "signal") await device.stop();
-    else device.letGo();
+    else device.letGo(quiesced);
     // The next server needs it.
     if (!quiesced) removeState(id, process.pid);
   } catch (error) {
@@ -186,7 +188,7 @@ async function leave(control: Control, device: Device): Promise<never> {
   const { id, flags } = device.info;
   // Why not with batches: cli/quiesce.ts.
   if (flags & UBLK_F_QUIESCE && !(flags & UBLK_F_BATCH_IO)) {
-    device.ended.then(() => device.letGo());
+    device.ended.then(() => device.letGo(true));
     await Device.quiesce(control, id);
   }
   throw interruption(id);

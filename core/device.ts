@@ -11,7 +11,7 @@
  * @module
  */
 
-import { accessSync, constants, existsSync, readFileSync, rmSync } from "node:fs";
+import { accessSync, constants, existsSync, lstatSync, readFileSync, rmSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceInfo, IoCommand } from "../abi/dialect.ts";
@@ -30,6 +30,7 @@ import { type Control, lackError } from "./control.ts";
 import { chooseDataMode, type DataWish, notesOf, zeroCopyOf } from "./data_mode.ts";
 import { ignoring, UblkError, UsageError } from "./error.ts";
 import { toParams } from "./params.ts";
+import { contents } from "./proc.ts";
 import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
 import { DEVICE_ID_MAX } from "./size.ts";
@@ -70,6 +71,8 @@ export interface RecoverOptions {
 }
 
 export interface TakeOverOptions extends RecoverOptions {
+  /** Those that its servers before this one have made. */
+  nodes?: readonly string[];
   /** Throws when it is to be no longer: called while the driver does not let us in, and when it has. */
   goOn?: () => void;
   /** Throws when the device is another one by now: called when the driver has let us in. */
@@ -103,25 +106,28 @@ export class Device {
   readonly queues: readonly QueueFacts[];
   /** What was decided for this device, one line each: "zero copy: off, as asked". */
   readonly notes: readonly string[];
+  /** Device nodes that ubd has made, since nothing else did: the next server's, if one follows. */
+  readonly nodes: readonly string[];
   /** Settles when every queue has ended: after a stop, whoever ordered it, or by a failure. */
   readonly ended: Promise<void>;
   readonly #control: Control;
   readonly #threads: readonly QueueThread[];
   /** Releases the character device and the target. */
-  readonly #release: () => void;
+  readonly #release: (staying: boolean) => void;
 
   private constructor(
     control: Control,
     info: DeviceInfo,
     queues: QueueFacts[],
     notes: readonly string[],
-    { ended, threads }: Queues,
-    release: () => void,
+    { ended, threads, nodes }: Queues,
+    release: (staying: boolean) => void,
   ) {
     this.#control = control;
     this.info = info;
     this.queues = queues;
     this.notes = notes;
+    this.nodes = nodes;
     this.ended = ended;
     this.#threads = threads;
     this.#release = once(release);
@@ -240,6 +246,7 @@ export class Device {
       });
       await queues.during("END_USER_RECOVERY", control.endUserRecovery(id, process.pid));
       checkpoint("recovered");
+      queues.nodes.push(...(options.nodes ?? []).filter((node) => !queues.nodes.includes(node)));
       return await Device.#live(control, id, queues, notes, options);
     });
   }
@@ -283,19 +290,19 @@ export class Device {
   ): Promise<Device> {
     const { dialect, shim } = control;
     const blockPath = dialect.blockPath(id);
-    if (!existsSync(blockPath)) {
-      makeNode(shim, blockPath, S_IFBLK, `/sys/block/${dialect.blockName(id)}/dev`, queues.nodes);
-    }
+    const sysfs = `/sys/block/${dialect.blockName(id)}/dev`;
+    removeStaleNode(blockPath, sysfs);
+    if (!existsSync(blockPath)) makeNode(shim, blockPath, S_IFBLK, sysfs, queues.nodes);
     if (control.isUnprivileged(id)) await accessible(blockPath);
     const info = await control.getDeviceInfo(id); // The kernel changes flags silently.
-    return new Device(control, info, queues.facts, notes, queues, () => {
+    return new Device(control, info, queues.facts, notes, queues, (staying) => {
       // The target first: whoever waits for the character device then finds everything durable.
       try {
         options.target.close();
       } catch (error) {
         options.log((error as Error).message);
       }
-      queues.release();
+      queues.release(staying);
     });
   }
 
@@ -335,9 +342,13 @@ export class Device {
     }
   }
 
-  /** Lets go of device and target after `ended`, so that whoever stopped it can delete it. */
-  letGo(): void {
-    this.#release();
+  /**
+   * Lets go of device and target after `ended`, so that whoever stopped it can delete it.
+   *
+   * @param staying it was quiesced: its nodes stay, too.
+   */
+  letGo(staying = false): void {
+    this.#release(staying);
   }
 }
 
@@ -371,8 +382,8 @@ interface Queues {
   nodes: string[];
   /** Awaits a command that needs every queue; a queue that dies meanwhile ends the wait. */
   during(operation: string, command: Promise<void>): Promise<void>;
-  /** Closes what the threads used, once they have ended. */
-  release(): void;
+  /** Closes what the threads used, once they have ended; removes the nodes, unless they stay. */
+  release(staying?: boolean): void;
 }
 
 /** Starts a thread for each queue and opens the character device. */
@@ -395,9 +406,9 @@ async function attach(
   const nodes: string[] = [];
   const fds: number[] = [];
   const affinities: number[][] = [];
-  const release = once(() => {
+  const release = once((staying = false) => {
     for (const fd of fds) shim.native.ubd_close(fd);
-    for (const node of nodes) rmSync(node, { force: true });
+    if (!staying) { for (const node of nodes) rmSync(node, { force: true }); }
   });
   undo.push(async () => {
     for (const thread of threads) thread.abandon();
@@ -468,10 +479,10 @@ function refuseLackingFeatures(lacking: bigint): void {
   if ([...FEATURE_NAMES.keys()].some((bit) => bit & lacking)) throw lackError(lacking, "ADD_DEV");
 }
 
-function once(work: () => void): () => void {
+function once<A extends unknown[]>(work: (...args: A) => void): (...args: A) => void {
   let done = false;
-  return () => {
-    if (!done) work();
+  return (...args) => {
+    if (!done) work(...args);
     done = true;
   };
 }
@@ -521,6 +532,7 @@ async function openCharDevice(
   const path = dialect.charPath(id);
   const sysfs = `/sys/class/${dialect.charClass}/${dialect.charName(id)}/dev`;
   const retried: number[] = [ERRNO.ENOENT, ERRNO.EACCES, ERRNO.EBUSY, ERRNO.ENXIO];
+  removeStaleNode(path, sysfs);
   const deadline = performance.now() + NODE_DEADLINE_MS;
   for (let pauseMs = 1;; pauseMs = Math.min(pauseMs * 2, 100)) {
     const fd = shim.open(path, O_RDWR);
@@ -562,15 +574,32 @@ async function accessible(path: string): Promise<void> {
 
 /** Makes a device node from the numbers in sysfs, if permitted. */
 function makeNode(shim: Shim, path: string, type: number, sysfs: string, nodes: string[]): void {
-  let numbers: string;
-  try {
-    numbers = readFileSync(sysfs, "utf8");
-  } catch {
-    return; // No sysfs: what was tried before fails with its own message.
-  }
-  const [major, minor] = numbers.trim().split(":").map(Number);
+  const [major, minor] = numbersIn(sysfs);
+  if (minor === undefined) return; // No sysfs: what was tried before fails with its own message.
   const name = new TextEncoder().encode(`${path}\0`);
-  if (shim.native.ubd_mknod(name, type | 0o600, major!, minor!) === 0) nodes.push(path);
+  if (shim.native.ubd_mknod(name, type | 0o600, major!, minor) === 0) nodes.push(path);
+}
+
+/**
+ * Where nobody but ubd makes nodes, one may be left of an earlier device, with numbers that are
+ * another disk's by now. What is no device node, somebody else has put there: it stays.
+ */
+function removeStaleNode(path: string, sysfs: string): void {
+  const stats = lstatSync(path, { throwIfNoEntry: false });
+  if (!stats || !(stats.isBlockDevice() || stats.isCharacterDevice())) return;
+  const [major, minor] = numbersIn(sysfs);
+  if (minor === undefined) return;
+  // As in shim.zig: 12 bits of the one around 20 of the other. The result has 32.
+  const number = (minor & 0xff) + major! * 2 ** 8 + (minor >> 8) * 2 ** 20;
+  if (stats.rdev === number) return;
+  try {
+    rmSync(path);
+  } catch { /* not permitted: who opens it will see */ }
+}
+
+function numbersIn(sysfs: string): number[] {
+  const numbers = contents(sysfs).trim();
+  return numbers ? numbers.split(":").map(Number) : [];
 }
 
 /** The machine's page size in bytes: AT_PAGESZ of the auxiliary vector. */

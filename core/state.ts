@@ -39,6 +39,8 @@ export interface DeviceState {
   supervisor?: number;
   /** The device lives only as long as another process does: `ubd run`. */
   leashed?: boolean;
+  /** Device nodes that its servers have made, since nothing else did. */
+  nodes?: readonly string[];
   target: TargetFacts;
   queues: QueueFacts[];
   /** What the server was told, for the next one: cli/start_server.ts knows its form. */

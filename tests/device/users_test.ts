@@ -13,7 +13,7 @@ import {
   unlinkSync,
 } from "node:fs";
 import { join } from "node:path";
-import { type Added, deviceTest, type Outcome, RUNNER, type Scene } from "./helpers.ts";
+import { type Added, deviceTest, KERNEL, type Outcome, RUNNER, type Scene } from "./helpers.ts";
 
 const NO_RULE = /run as root; or, .*once: sudo ubd udev install/;
 
@@ -154,6 +154,32 @@ deviceTest("where nobody makes device nodes, root's server does, and removes the
   const { code, stdout, stderr } = await scene.run(["unshare", "-m", "bash", "-euc", script]);
   assert.equal(code, 0, stderr);
   assert.match(stdout, /^brw------- .* \/dev\/ublkb40\ncrw------- .* \/dev\/ublkc40$/m);
+  assert.doesNotMatch(stdout.slice(stdout.lastIndexOf("kmsg")), /ublk[bc]/);
+});
+
+deviceTest("nodes of an earlier device are replaced; those of ubd go with the device", {
+  anyKernel: true,
+}, async (scene) => {
+  const leave = KERNEL === "newest" ? "ubd quiesce 41" : "end";
+  const script = `cp -a /dev/{ublk-control,null,zero,urandom,kmsg} .
+    mount -t tmpfs tmpfs /dev; cp -a {ublk-control,null,zero,urandom,kmsg} /dev
+    same() {
+      [ "$(stat -c %Hr:%Lr /dev/ublkb41)" = "$(cat /sys/block/ublkb41/dev)" ]
+      [ "$(stat -c %Hr:%Lr /dev/ublkc41)" = "$(cat /sys/class/ublk-char/ublkc41/dev)" ]
+      dd status=none if=/dev/ublkb41 of=/dev/null bs=4k count=1 iflag=direct
+    }
+    end() { kill -9 $(ubd list -n 41 | grep -o 'pid [0-9]*' | cut -d' ' -f2); }
+    mknod /dev/ublkb41 b 7 3; mknod /dev/ublkc41 c 1 5
+    truncate -s 1M disk
+    ubd add loop disk -n 41 --recovery; same
+    ${leave}; ls /dev/ublk[bc]41
+    ubd recover 41; same
+    end
+    ubd recover 41; same
+    ubd del 41
+    ls /dev`;
+  const { code, stdout, stderr } = await scene.run(["unshare", "-m", "bash", "-euc", script]);
+  assert.equal(code, 0, stderr + stdout);
   assert.doesNotMatch(stdout.slice(stdout.lastIndexOf("kmsg")), /ublk[bc]/);
 });
 
