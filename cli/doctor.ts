@@ -86,7 +86,7 @@ const BUGS: readonly {
   before?: string;
   /** Or these releases only. */
   releases?: RegExp;
-  level: "warning" | "problem";
+  level: "note" | "warning" | "problem";
   what: string;
   why: string;
   mend: string;
@@ -128,6 +128,13 @@ const BUGS: readonly {
     what: "recovering a device can crash the kernel",
     why: "a null pointer when the driver quiesces a device",
     mend: "use Linux 6.8 or later, or no --recovery",
+  },
+  {
+    releases: /^6\.1[6-9]([^0-9]|$)|^7\.0\.0-rc[1-3]([^0-9]|$)/,
+    level: "note",
+    what: "resizing a device that is not LIVE can crash the kernel",
+    why: "UPDATE_SIZE follows a null pointer; ubd resize sends it to no such device, others may",
+    mend: "use Linux 7.0 or later; with other programs, look at the device's state first",
   },
 ];
 
