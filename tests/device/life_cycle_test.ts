@@ -185,6 +185,24 @@ deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {
   scene.forget(device);
 });
 
+deviceTest("who interrupts an add gets no device, unless it was LIVE by then", {
+  limitS: 240,
+  anyKernel: true,
+}, async (scene) => {
+  const image = scene.image("disk", 1 << 20);
+  for (const flags of [[], ["--recovery"], ["--supervise"]]) {
+    for (const step of ["added", "queues started", "started"]) {
+      const { code, stdout, stderr } = await scene.run(["ubd", "add", "loop", image, ...flags], {
+        env: { UBD_DEBUG_INTERRUPT: step },
+      });
+      const said = `${flags} ${step}: ${stderr}`;
+      if (code === 0) await scene.del(scene.adopt(stdout));
+      else assert.deepEqual([code, stderr], [130, "ubd: interrupted\n"], said);
+      assert.equal((await scene.ubd("list")).stdout, "", said);
+    }
+  }
+});
+
 deviceTest("$(ubd add) returns; the server holds nothing of its caller's", {
   anyKernel: true,
   everywhere: "deno",
