@@ -40,6 +40,11 @@ deviceTest("del refuses a device that is mounted, swap, held or open, and names 
   await refuses(scene, device, new RegExp(`${device.path} is held by ${loop}`));
   await scene.sh(`losetup -d ${loop}`);
 
+  await scene.sh(`modprobe dm_mod
+    dmsetup create --noudevsync ubd-linear --table "0 2048 linear ${device.path} 0"`);
+  await refuses(scene, device, new RegExp(`${device.path} is held by /dev/dm-\\d+`));
+  await scene.sh("dmsetup remove --noudevsync ubd-linear");
+
   await scene.sh(`mkswap ${device.path}; swapon ${device.path}`);
   await refuses(scene, device, new RegExp(`${device.path} is swap`));
   await scene.sh(`swapoff ${device.path}`);
