@@ -29,9 +29,8 @@ import type { Shim } from "../ffi/mod.ts";
 import { type Control, lackError } from "./control.ts";
 import { chooseDataMode, type DataWish, notesOf, zeroCopyOf } from "./data_mode.ts";
 import { ignoring, UblkError, UsageError } from "./error.ts";
-import { toParams } from "./params.ts";
+import { refuseOtherLimits, toParams } from "./params.ts";
 import { contents } from "./proc.ts";
-import { SECTOR_BYTES } from "./queue.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
 import { DEVICE_ID_MAX } from "./size.ts";
 import { makersMark } from "./state.ts";
@@ -156,12 +155,8 @@ export class Device {
         const { depthMax } = control.dialect;
         throw new UsageError(`Queue depth ${options.depth}: this driver takes up to ${depthMax}`);
       }
-      const { limits, queuesMax = QUEUES_MAX, zeroCopy } = options.target;
-      if (options.queues > queuesMax) {
-        throw new UsageError(
-          `Number of queues ${options.queues}: this target can be served by ${queuesMax}`,
-        );
-      }
+      const { limits, zeroCopy } = options.target;
+      refuseQueues(options.queues, options.target);
       const features = (control.features ?? 0n) & control.dialect.flagsMask;
       const mode = chooseDataMode(options, zeroCopy, options.flags, features);
       const flags = options.flags | mode.flags;
@@ -222,13 +217,8 @@ export class Device {
       options.confirm?.(info);
       checkpoint("recovery started");
       const { basic } = await control.getParams(id);
-      const sizeBytes = Number(basic.dev_sectors) * SECTOR_BYTES;
-      if (options.target.limits.sizeBytes < sizeBytes) {
-        throw new UsageError(
-          `Device ${id} has ${sizeBytes} bytes, its target now ${options.target.limits.sizeBytes}: ` +
-            "give the backing its old size again",
-        );
-      }
+      refuseOtherLimits(id, basic, options.target.limits);
+      refuseQueues(info.queues, options.target);
       const offer = options.target.zeroCopy;
       if (zeroCopyOf(info.flags) && (!offer || "obstacle" in offer)) {
         throw new UsageError(
@@ -504,6 +494,12 @@ export function checkOptions(
   if (ioBytesMax % 4096) {
     throw new UsageError(`Largest I/O ${ioBytesMax}: it must be a multiple of 4096 bytes`);
   }
+}
+
+/** @throws {UsageError} the target cannot be served by so many. */
+function refuseQueues(queues: number, { queuesMax = QUEUES_MAX }: OpenTarget): void {
+  if (queues <= queuesMax) return;
+  throw new UsageError(`Number of queues ${queues}: this target can be served by ${queuesMax}`);
 }
 
 /** For a device that copies. @throws {UsageError} one queue's buffers would take too much. */

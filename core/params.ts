@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 /** A device's limits as the driver's parameters, checked. @module */
 
-import type { Values } from "../abi/struct.ts";
+import type { Unpacked, Values } from "../abi/struct.ts";
 import {
   UBLK_ATTR_FUA,
   UBLK_ATTR_READ_ONLY,
   UBLK_ATTR_VOLATILE_CACHE,
+  type UBLK_PARAM_BASIC,
   UBLK_PARAM_TYPE_BASIC,
   UBLK_PARAM_TYPE_DISCARD,
   UBLK_PARAM_TYPE_DMA_ALIGN,
@@ -61,6 +62,43 @@ export function toParams(
     max_discard_segments: 1,
   };
   return { types: types | UBLK_PARAM_TYPE_DISCARD, basic, discard, ...dma };
+}
+
+/**
+ * Whether a target can go on with a device that another one was opened for: the kernel knows its
+ * limits from then, and sends no FLUSH where there was no cache, and writes where they were allowed.
+ *
+ * @param basic what the driver has.
+ * @throws {UsageError} it cannot.
+ */
+export function refuseOtherLimits(
+  id: number,
+  { attrs, logical_bs_shift, dev_sectors }: Unpacked<typeof UBLK_PARAM_BASIC>,
+  limits: DeviceLimits,
+): void {
+  const blockBytes = 2 ** logical_bs_shift;
+  const sizeBytes = Number(dev_sectors) * SECTOR_BYTES;
+  const has = (attr: number) => (attrs & attr) !== 0;
+  const writable = (readOnly: boolean) => readOnly ? "read-only" : "writable";
+  const cached = (cache: boolean) => cache ? "a volatile cache" : "no volatile cache";
+  const changes = [
+    ...(limits.sizeBytes < sizeBytes ? [[`${sizeBytes} bytes`, `${limits.sizeBytes}`]] : []),
+    ...(limits.blockBytes !== blockBytes
+      ? [[`blocks of ${blockBytes} bytes`, `${limits.blockBytes}`]]
+      : []),
+    ...(limits.readOnly !== has(UBLK_ATTR_READ_ONLY)
+      ? [[`been ${writable(!limits.readOnly)}`, writable(limits.readOnly)]]
+      : []),
+    ...(limits.volatileCache !== has(UBLK_ATTR_VOLATILE_CACHE)
+      ? [[cached(!limits.volatileCache), cached(limits.volatileCache)]]
+      : []),
+  ];
+  if (changes.length === 0) return;
+  const [was, is] = changes[0]!;
+  throw new UsageError(
+    `Device ${id} has ${was}, its target now ${is}: ` +
+      "make it as it was, or delete the device and add it again",
+  );
 }
 
 function checkLimits({ sizeBytes, blockBytes, physicalBlockBytes }: DeviceLimits): void {

@@ -3,15 +3,16 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
-import { pack } from "../../abi/struct.ts";
+import { pack, unpack } from "../../abi/struct.ts";
 import {
+  UBLK_PARAM_BASIC,
   UBLK_PARAM_TYPE_BASIC,
   UBLK_PARAM_TYPE_DISCARD,
   UBLK_PARAM_TYPE_DMA_ALIGN,
   UBLK_PARAMS,
 } from "../../abi/ublk_cmd.ts";
 import { UsageError } from "../../core/error.ts";
-import { toParams } from "../../core/params.ts";
+import { refuseOtherLimits, toParams } from "../../core/params.ts";
 import type { DeviceLimits } from "../../core/target.ts";
 
 const LIMITS: DeviceLimits = {
@@ -172,4 +173,23 @@ test("toParams takes sizes from one block to 2^53 - 1, in whole blocks", () => {
   toParams({ ...LIMITS, blockBytes: 4096, sizeBytes: 4096 }, IO_BYTES);
   refuses({ blockBytes: 4096, sizeBytes: 4096 + 512 }, /^Size 4608: .* 4096-byte block/);
   refuses({ blockBytes: 4096, sizeBytes: 512 }, /^Size 512: /);
+});
+
+test("another server takes a device only as it is: size, block, writability and cache", () => {
+  const limits = { ...LIMITS, sizeBytes: 1024 ** 2, volatileCache: true };
+  const { basic } = toParams(limits, 4096);
+  const driver = unpack(UBLK_PARAM_BASIC, pack(UBLK_PARAM_BASIC, basic!));
+  const check = (change: Partial<typeof limits>) =>
+    refuseOtherLimits(3, driver, { ...limits, ...change });
+  check({});
+  check({ sizeBytes: 2 * 1024 ** 2, discardBytes: 4096 });
+  const refused: [Partial<typeof limits>, RegExp][] = [
+    [{ sizeBytes: 1024 ** 2 - 512 }, /Device 3 has 1048576 bytes, its target now 1048064: make it/],
+    [{ blockBytes: 4096 }, /has blocks of 512 bytes, its target now 4096/],
+    [{ readOnly: true }, /has been writable, its target now read-only/],
+    [{ volatileCache: false }, /has a volatile cache, its target now no volatile cache/],
+  ];
+  for (const [change, message] of refused) {
+    assert.throws(() => check(change), { name: "UsageError", message });
+  }
 });
