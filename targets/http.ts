@@ -14,7 +14,7 @@ import {
   type ReadRequest,
   type Target,
 } from "../core/define_target.ts";
-import { UsageError } from "../core/error.ts";
+import { UblkError, UsageError } from "../core/error.ts";
 import { BLOCK_BYTES, CacheFile } from "./http_cache.ts";
 import { ImageSource } from "./http_source.ts";
 
@@ -147,13 +147,22 @@ class HttpImage implements BlockDevice {
   }
 
   async #block(index: number, wanted: number, deadline: number): Promise<Uint8Array> {
-    const block = this.#recent.get(index);
-    if (!block) {
-      if (!this.#coming.has(index)) this.#fetch(index, wanted, deadline);
-      return await this.#coming.get(index)!;
+    for (;;) {
+      const block = this.#recent.get(index);
+      if (block) {
+        this.#keep(index, block);
+        return block;
+      }
+      const isAnothers = this.#coming.has(index);
+      if (!isAnothers) this.#fetch(index, wanted, deadline);
+      try {
+        return await this.#coming.get(index)!;
+      } catch (error) {
+        // Who began earlier gives up earlier.
+        const isLate = error instanceof UblkError && error.errno === "ETIMEDOUT";
+        if (!isAnothers || !isLate || performance.now() >= deadline) throw error;
+      }
     }
-    this.#keep(index, block);
-    return block;
   }
 
   #keep(index: number, block: Uint8Array): void {

@@ -314,6 +314,18 @@ test("http: while the server is down or busy, reads wait, and go on", async () =
   assert.match(image.log.join("\n"), /no server listens there.*; trying again/);
 });
 
+test("http: a read that waits for another's block has a timeout of its own", async () => {
+  await using server = await new ImageServer().start();
+  await using image = await open(server.url(), { timeout: 2 });
+  server.behave = () => true;
+  const first = image.read(0, 4096);
+  await sleep(500);
+  const second = image.read(0, 4096);
+  await assert.rejects(first, failing("ETIMEDOUT", /gave up/));
+  server.behave = () => {};
+  assert.ok((await second).equals(server.image.subarray(0, 4096)));
+});
+
 test("http gives up after its timeout, and not for ever", async () => {
   await using server = await new ImageServer().start();
   await using image = await open(server.url(), { timeout: 0.4 });
