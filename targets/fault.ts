@@ -89,7 +89,7 @@ function generator(seed: number): () => number {
   };
 }
 
-/** Repeats a call until all bytes are done. */
+/** Repeats a call until all bytes are done. @throws {RangeError} a call did nothing, or too much. */
 async function transfer(
   call: (request: WriteRequest) => Answer,
   offset: number,
@@ -99,7 +99,11 @@ async function transfer(
     const rest = buffer.subarray(done);
     const { length } = rest;
     const request = { offset: offset + done, length, buffer: rest, signal: never, fua: false };
-    done += await call(request) ?? length;
+    const now = await call(request) ?? length;
+    if (!(Number.isInteger(now) && now > 0 && now <= length)) {
+      throw new RangeError(`the device answered ${now}, of ${length} bytes`);
+    }
+    done += now;
   }
 }
 
@@ -264,6 +268,7 @@ export function fault(device: BlockDevice, options: FaultOptions = {}): FaultyDe
     request: Kind,
     serve: (request: Kind) => Answer,
   ): Promise<void | number> => {
+    refuseWhenOff(); // Before the lots: how many come after the cut is not the seed's.
     const { offset, length, signal } = request;
     const within = operation === "flush" || offset < to && offset + length > from;
     const hit = (rate: number) =>
@@ -273,7 +278,6 @@ export function fault(device: BlockDevice, options: FaultOptions = {}): FaultyDe
     const part = blocks > 1 && hit(shortRate)
       ? blockSize * (1 + Math.floor(random() * (blocks - 1)))
       : length;
-    refuseWhenOff();
     if (waits) {
       await sleep(delayMs, undefined, { signal }).catch(() => {}); // The device stops.
       refuseWhenOff();

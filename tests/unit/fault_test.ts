@@ -236,6 +236,27 @@ test("fault cuts the power in the middle of the write it was told, FUA or not", 
   assert.ok(lost > 3 && lost < 20, `${lost}`);
 });
 
+test("what asks while the power is cut does not change what is lost", async () => {
+  const left = async (asking: number) => {
+    const inner = disk();
+    const device = fault(inner, { cache: true, errorRate: 0.1, operations: ["read"], seed: 5 });
+    for (let block = 0; block < BLOCKS; block++) await write(device, block, 1, block + 1);
+    const cut = device.cutPower();
+    const asked = Array.from({ length: asking }, () => fate(read(device, 0, 1)));
+    await cut;
+    assert.deepStrictEqual(await Promise.all(asked), Array(asking).fill("EIO"));
+    return inner.bytes;
+  };
+  assert.deepStrictEqual(await left(7), await left(0));
+});
+
+test("fault's cache fails a request whose device does nothing of it, or too much", async () => {
+  for (const answer of [0, -1, NaN, 0.5, BLOCK + 1]) {
+    const device = fault({ ...disk(), read: () => answer }, { cache: true });
+    await assert.rejects(read(device, 0, 1), RangeError, `${answer}`);
+  }
+});
+
 test("fault refuses options that mean nothing", () => {
   const refused: [FaultOptions, RegExp][] = [
     [{ errorRate: 1.5 }, /"errorRate" is "1.5": say a probability/],
