@@ -74,7 +74,7 @@ export interface BlockDevice {
   flush?(request: Request): Answer;
   /** The extent's contents are not needed any more. */
   discard?(request: Request): Answer;
-  /** The extent shall read as zeroes. Default: the kernel writes them. */
+  /** The extent shall read as zeroes, all of it. Default: the kernel writes them. */
   writeZeroes?(request: ZeroRequest): Answer;
   /** Called once after the last request. */
   close?(): void | Promise<void>;

@@ -261,6 +261,9 @@ export class FunctionHandler implements RequestHandler {
       const what = typeof value === "number" ? value : `a ${typeof value}`;
       return this.fail(queue, tag, new RangeError(`it answered ${what}, of ${bytes} bytes`));
     }
+    if (op === UBLK_IO_OP_WRITE_ZEROES && value !== undefined && value < bytes) {
+      return this.fail(queue, tag, new RangeError(`it zeroed ${value} of ${bytes} bytes`));
+    }
     // Whole blocks: the kernel cannot ask again for a part of one.
     const done = moves ? Math.floor((value ?? bytes) / this.blockSize) * this.blockSize : 0;
     if (moves && done === 0) {

@@ -9,14 +9,15 @@ import assert from "node:assert/strict";
 import process from "node:process";
 import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { UBLK_IO_OP_READ } from "../../abi/ublk_cmd.ts";
+import { ERRNO } from "../../abi/errno.ts";
+import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE_ZEROES } from "../../abi/ublk_cmd.ts";
 import type { BlockDevice, ReadRequest } from "../../core/define_target.ts";
 import { FunctionHandler } from "../../core/function_handler.ts";
 import { Queue } from "../../core/queue.ts";
 import { type QueueMemory, Shim } from "../../ffi/mod.ts";
 
-/** A queue whose every request is a READ of 512 bytes. */
-function setUp(device: BlockDevice, depth: number) {
+/** A queue whose every request is a READ of 512 bytes, or another operation of as many. */
+function setUp(device: BlockDevice, depth: number, op = UBLK_IO_OP_READ) {
   const shim = new Shim();
   const wakeFd = shim.native.ubd_eventfd(0);
   let memory!: QueueMemory;
@@ -45,7 +46,7 @@ function setUp(device: BlockDevice, depth: number) {
   });
   const descriptors = new DataView(memory.descriptors);
   for (let tag = 0; tag < depth; tag++) {
-    descriptors.setUint32(tag * 24, UBLK_IO_OP_READ, true);
+    descriptors.setUint32(tag * 24, op, true);
     descriptors.setUint32(tag * 24 + 4, 1, true);
     descriptors.setBigUint64(tag * 24 + 8, BigInt(tag), true);
   }
@@ -106,6 +107,20 @@ test("what is answered in one turn of the event loop goes to the ring together",
   assert.equal(set.batch(), 4);
   set.leave();
   await running;
+});
+
+test("zeroing less than all fails: nobody is told that zeroes are there which are not", () => {
+  const committed: number[] = [];
+  const writeZeroes = () => [undefined, 512, 511, 0][committed.length];
+  using set = setUp({ size: 4096, read() {}, writeZeroes }, 1, UBLK_IO_OP_WRITE_ZEROES);
+  const commit = set.queue.commit.bind(set.queue);
+  set.queue.commit = (tag, result) => {
+    if (committed.push(result) === 4) set.leave();
+    commit(tag, result);
+  };
+  set.queue.run(set.handler, () => true, fail);
+  assert.deepEqual(committed.slice(0, 4), [0, 0, -ERRNO.EIO, -ERRNO.EIO]);
+  assert.match(set.log[0]!, /it zeroed 511 of 512 bytes/);
 });
 
 test("what settles after the queue has ended touches nothing of it", async () => {
