@@ -378,7 +378,7 @@ export class Queue implements Disposable {
           if (kind === EVENT_FILE) {
             if (this.states[tag] === SERVING) handler.resume!(this, tag, result);
             else this.completed(tag, result, handler);
-          } else this.refused(tag, result, handler);
+          } else this.refused(tag, result);
         } else if (this.states[tag] !== FETCHED) {
           throw new AssertionError("request on a tag that was not fetched");
         } else if (!copies && this.mustRegister(tag)) {
@@ -398,15 +398,15 @@ export class Queue implements Disposable {
   }
 
   /** The driver takes the tag back, or waits for something. */
-  private refused(tag: number, result: number, handler: RequestHandler): void {
+  private refused(tag: number, result: number): void {
     assert(this.states[tag] === FETCHED, "a tag that was not fetched is refused");
     // A WRITE whose data is to be asked for. The answer is as that of a FETCH: the driver may
     // have put the request back, and come with another.
     if (result === UBLK_IO_RES_NEED_GET_DATA) return void this.command(COMMAND_GET_DATA, tag, 0);
     this.states[tag] = RETIRED;
     this.liveTags--;
+    // It stops, or is only to have another server: what is being served goes on either way.
     if (result !== -ERRNO.ENODEV) throw UblkError.from(result, "FETCH a request");
-    handler.stopping?.();
   }
 
   /** For a tag with a registered buffer: a file operation has ended, or what registers it has. */

@@ -2,9 +2,9 @@
 /** Targets that are somebody's TypeScript: as a program, and by `ubd add ./file.ts`. */
 
 import assert from "node:assert/strict";
-import { writeFileSync } from "node:fs";
-import { join } from "node:path";
-import { deviceTest, gone, type Job, type Scene, until } from "./helpers.ts";
+import { readFileSync, writeFileSync } from "node:fs";
+import { basename, join } from "node:path";
+import { deviceTest, gone, type Job, KERNEL, type Scene, until } from "./helpers.ts";
 
 const CHECKOUT = "/ubd";
 const EXAMPLE = `${CHECKOUT}/examples/memory.ts`;
@@ -247,6 +247,41 @@ deviceTest("a handler that loops for ever: list says LIVE, and del --force remov
   assert.equal((await reader.ended).code, 1);
   await gone(device);
   scene.forget(device);
+});
+
+/** One of its blocks takes its time, unless it is told that the device stops. */
+const SLOW_READS = `
+import { setTimeout as sleep } from "node:timers/promises";
+export default {
+  size: 1024 ** 2,
+  async read({ offset, buffer, signal }) {
+    if (offset === 512 * 1024) await sleep(5000, undefined, { signal });
+    buffer.fill(5);
+  },
+  write() {},
+};`;
+
+deviceTest("an upgrade aborts no request, and takes no module that is another device", {
+  skip: KERNEL !== "newest" && "the kernel lacks QUIESCE",
+}, async (scene) => {
+  const file = moduleFile(scene, "slow_reads.ts", SLOW_READS);
+  const device = await scene.add(file, "--recovery");
+  const fives =
+    `dd if=${device.path} bs=4k skip=128 count=1 iflag=direct status=none | tr -d '\\5' | wc -c`;
+  const reader = scene.start(["bash", "-euo", "pipefail", "-c", fives]);
+  const inflight = `/sys/block/${basename(device.path)}/inflight`;
+  assert.ok(await until(() => !/^ +0 /.test(readFileSync(inflight, "utf8")), 60_000));
+  scene.adopt((await scene.ubd("upgrade", `${device.id}`)).stdout);
+  const { code, stdout, stderr } = await reader.ended;
+  assert.deepEqual([code, stdout, stderr], [0, "0\n", ""]);
+
+  writeFileSync(file, SLOW_READS.replace("write() {},", ""));
+  const refused = await scene.ubd("upgrade", `${device.id}`);
+  assert.equal(refused.code, 2);
+  assert.match(refused.stderr, /has been writable, its target now read-only: make it as it was/);
+  writeFileSync(file, SLOW_READS);
+  const last = scene.adopt((await scene.ubd("recover", `${device.id}`)).stdout);
+  await scene.del(last);
 });
 
 deviceTest("--watch serves a changed module, a broken one is not taken, and no I/O fails", {
