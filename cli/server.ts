@@ -50,7 +50,7 @@ import {
 } from "./start_server.ts";
 import { supervise } from "./supervise.ts";
 import { surviveShutdown } from "./systemd.ts";
-import { watchModule } from "./watch.ts";
+import { versionOf, watchModule } from "./watch.ts";
 
 const RECOVERY_FLAGS: Record<RecoveryMode, bigint> = {
   wait: UBLK_F_USER_RECOVERY,
@@ -111,6 +111,8 @@ export async function serve(
   };
   const before = recover === undefined ? undefined : readState(recover);
   if (spec.watch && !quiescible(control)) throw lackError(UBLK_F_QUIESCE, "watch the module");
+  const watched = spec.watch ? (spec.target.options as unknown as ModuleSpec).file : undefined;
+  const loaded = watched === undefined ? 0 : versionOf(watched);
   const target = await openTarget(control, spec, goOn, log);
   const served = { targetName, target, queueThreadEntry, log };
   const device = recover === undefined
@@ -137,7 +139,7 @@ export async function serve(
   if (leaving) await leave(control, device);
   const { id } = device.info;
   process.on(STOPPING_SIGNAL, () => device.stopping());
-  if (spec.watch) watchModule(id, (spec.target.options as unknown as ModuleSpec).file, log);
+  if (watched !== undefined) watchModule(id, watched, loaded, log);
   const notes = [...target.notes, ...device.notes];
   if (device.info.queues < options.queues) {
     notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);

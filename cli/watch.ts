@@ -8,7 +8,7 @@
  */
 
 import { execFile } from "node:child_process";
-import { watch } from "node:fs";
+import { statSync, watch } from "node:fs";
 import { basename, dirname } from "node:path";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -18,8 +18,18 @@ import { rerunArguments } from "../ffi/mod.ts";
 /** Editors write a file in several steps. */
 const SETTLE_MS = 200;
 
-/** Ends with the process. */
-export function watchModule(id: number, file: string, log: (text: string) => void): void {
+/** What a module's file was when it was loaded. */
+export function versionOf(file: string): number {
+  return statSync(file, { throwIfNoEntry: false })?.mtimeMs ?? 0;
+}
+
+/** Ends with the process. @param loaded the version that is served. */
+export function watchModule(
+  id: number,
+  file: string,
+  loaded: number,
+  log: (text: string) => void,
+): void {
   const ubd = (...args: string[]) =>
     promisify(execFile)(process.execPath, [...rerunArguments(), ...args], { cwd: "/" });
   let changes = 0;
@@ -39,4 +49,5 @@ export function watchModule(id: number, file: string, log: (text: string) => voi
   watch(dirname(file), (_, name) => {
     if (name === basename(file)) reload();
   });
+  if (versionOf(file) !== loaded) reload(); // Nobody watched since.
 }
