@@ -320,15 +320,26 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     const events = collect(queue);
     // Whoever had commands or got events comes back before it sleeps, and need not be woken.
     if (wait or count > 0 or events != 0) return events;
+    return lookAgain(queue);
+}
+
+// What few steps need is out of line: the code that all need stays in one piece, and what a system
+// call has made the processor forget of it is less.
+
+noinline fn lookAgain(queue: *Queue) i32 {
     ringEventfd(&queue.ring, true);
     _ = enterKernel(&queue.ring, 0, queue.enter_flags); // What came before that rang nothing.
     return collect(queue);
 }
 
 /// Drains, and submits what that led to: the caller may sleep now, until there are completions.
-fn collect(queue: *Queue) i32 {
+inline fn collect(queue: *Queue) i32 {
     const events = if (inBatches(queue)) batch.drain(queue) else drain(queue);
-    const answered = if (unsent(&queue.ring)) enter(queue, 0) else 0;
+    return if (unsent(&queue.ring)) sendMore(queue, events) else events;
+}
+
+noinline fn sendMore(queue: *Queue, events: i32) i32 {
+    const answered = enter(queue, 0);
     return if (answered < 0) answered else events;
 }
 
@@ -347,15 +358,19 @@ inline fn enter(queue: *Queue, wait: u32) i32 {
     if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN and result != -sys.EBUSY) {
         return result;
     }
+    if (wait == 0) runRest(queue);
+    return 0;
+}
+
+noinline fn runRest(queue: *Queue) void {
     // The kernel runs 20 items at a time, and rings the eventfd no more for what is left. Not
     // until the flag is gone: whoever adds an item sets it last, when the item may have been
     // run already, and then nothing clears it before the next one. The eventfd is rung after.
     var enters = queue.capacity / task_work_batch + 2;
-    while (wait == 0 and pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
+    while (pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
         if (enterKernel(&queue.ring, 0, queue.enter_flags) < 0) break;
         enters -= 1;
     }
-    return 0;
 }
 
 /// Submits what there is, waits for so many completions, and has the kernel run what it had put
@@ -384,7 +399,7 @@ pub fn pending(ring: *Ring) u32 {
 }
 
 /// Packs commands, for which there is room.
-fn putAll(queue: *Queue, commands: []const layout.Command) i32 {
+noinline fn putAll(queue: *Queue, commands: []const layout.Command) i32 {
     for (commands) |*command| {
         const result = put(queue, command);
         if (result < 0) return result;
@@ -502,7 +517,7 @@ pub fn answer(queue: *Queue, command: *const layout.Command) i32 {
     return result;
 }
 
-fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
+noinline fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
     const config = &queue.config;
     const io = &queue.io_sqe;
     const tag = command.tag;
@@ -562,7 +577,7 @@ fn pack(queue: *Queue, command: *const layout.Command, sqe: *layout.Sqe) i32 {
     return 0;
 }
 
-fn drain(queue: *Queue) i32 {
+inline fn drain(queue: *Queue) i32 {
     const ring = &queue.ring;
     const head = ring.cq.khead.*;
     const count = @min(pending(ring), queue.capacity);
@@ -592,7 +607,7 @@ pub inline fn eventFor(tag: u16, kind: u16, result: i32) layout.Event {
 }
 
 /// Whether a request can be served. One whose data cannot be had is answered here.
-pub fn arrived(queue: *Queue, tag: u16) bool {
+pub noinline fn arrived(queue: *Queue, tag: u16) bool {
     if (queue.config.data_mode != data_user) return true;
     const result = takeData(queue, tag);
     if (result < 0) refuse(queue, tag, result);
