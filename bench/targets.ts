@@ -131,7 +131,7 @@ const IDLE_CPU_MAX_PERCENT = 0.05;
 
 function judge({ atLeast, atMost, ...target }: Target, found: Ratio, load: string, other: string) {
   const { group, own, what } = target;
-  const text = (value: number) => value.toFixed(2);
+  const text = (value: number) => value.toFixed(3); // 0.996 is not 1.
   return {
     what: `${group}, ${load}: ${what} of ${own} / ${other}`,
     measured: `${text(found.median)} (${text(found.min)} to ${text(found.max)})`,
