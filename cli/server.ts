@@ -176,6 +176,7 @@ export async function serve(
     else device.letGo(quiesced);
     // The next server needs it.
     if (!quiesced) removeState(id, process.pid);
+    await device.ended;
   } catch (error) {
     // The driver must not wait for a server that cannot go on: this process ends, and with it
     // every request fails, or waits for the next server, which needs the state.

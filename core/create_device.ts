@@ -94,7 +94,7 @@ export async function createDevice(
   }
 
   let stopped: Promise<void> | undefined;
-  const stop = () => stopped ??= device.stop();
+  const stop = () => stopped ??= device.stop().then(() => device.ended);
   const stopOnSignal = () => void stop().catch((error) => log((error as Error).message));
   if (stopOnSignals) { for (const signal of SIGNALS) process.on(signal, stopOnSignal); }
   const closed = device.ended.then(() => {
@@ -102,9 +102,9 @@ export async function createDevice(
     return stopped ??= Promise.resolve(); // Whoever else stopped it also deletes it.
   }, async (error) => {
     log(`${device.path} is no longer served: ${(error as Error)?.message ?? error}`);
-    const deleted = device.abandon();
-    deleted.catch((second) => log((second as Error).message));
-    await Promise.allSettled([stopped ??= deleted, deleted]);
+    await (stopped ??= device.stop()).catch((second) => {
+      if (second !== error) log((second as Error).message);
+    });
     throw error;
   }).finally(() => {
     for (const signal of SIGNALS) process.off(signal, stopOnSignal);

@@ -301,21 +301,13 @@ export class Device {
     for (const thread of this.#threads) thread.stopping();
   }
 
-  /** Stops, drains and deletes. I/O in flight is answered first. Idempotent on the driver's side. */
+  /**
+   * Stops, drains and deletes. I/O in flight is answered first. Idempotent on the driver's side.
+   * What a queue has failed with, `ended` tells.
+   */
   async stop(): Promise<void> {
     this.stopping();
     await ignoring(["ENODEV"], this.#control.stopDevice(this.info.id));
-    await this.ended;
-    this.letGo();
-    await ignoring(["ENODEV"], this.#control.deleteDevice(this.info.id));
-  }
-
-  /**
-   * Deletes the device after `ended` was rejected: one queue is gone, the others leave now. What
-   * they were asked fails.
-   */
-  async abandon(): Promise<void> {
-    for (const thread of this.#threads) thread.abandon();
     await Promise.allSettled(this.#threads.map((thread) => thread.ended));
     this.letGo();
     await ignoring(["ENODEV"], this.#control.deleteDevice(this.info.id));

@@ -72,6 +72,8 @@ assert(DESCRIPTOR_WORDS * 4 === UBLKSRV_IO_DESC.size, "a descriptor has another 
 
 export const SECTOR_BYTES = 512;
 
+const REFUSES: RequestHandler = { handle: (queue, tag) => queue.commit(tag, -ERRNO.EIO) };
+
 export class Queue implements Disposable {
   readonly depth: number;
   /** Bytes of data a request may have. */
@@ -98,6 +100,7 @@ export class Queue implements Disposable {
   /** Ends the wait of `runOnEventLoop`, when there is one. */
   private goOn: (() => void) | undefined;
   private failure: { error: unknown } | undefined;
+  private refusing = false;
 
   /**
    * @param stats counts for others to read, see core/stats.ts.
@@ -124,14 +127,17 @@ export class Queue implements Disposable {
     this.results = new Int32Array(config.depth);
   }
 
-  /** The ring is closed: nothing may be asked of it any more. */
+  /** It is closed, or refuses: nothing may be asked of it any more. */
   get disposed(): boolean {
-    return this.closed;
+    return this.closed || this.refusing;
   }
 
   /**
    * Closes the ring; what the driver still holds of it is cancelled. Views die with it, except
    * those of a request that is being served: its function may still write to it.
+   *
+   * Not while there may be requests, unless the thread ends too: 6.12, unlike 7.2, may hand one to
+   * the closed ring as long as the thread lives, and then it is never answered.
    */
   [Symbol.dispose](): void {
     if (this.closed) return;
@@ -225,10 +231,21 @@ export class Queue implements Disposable {
     this.command(COMMAND_UNREGISTER, tag, 0);
   }
 
-  /** Ends `runOnEventLoop` with this error: for what fails between its turns. */
+  /** The queue cannot go on: `run` and `runOnEventLoop` end with this error, or the latter refuses. */
   break(error: unknown): void {
     this.failure ??= { error };
     if (this.goOn) this.goOn();
+  }
+
+  /** Answers what is being served with EIO. Whoever serves it may be late, as in `renewData`. */
+  private refuse(): void {
+    this.refusing = true;
+    this.descriptors = this.descriptors.slice();
+    for (let tag = 0; tag < this.depth; tag++) {
+      if (!this.isServing(tag)) continue;
+      if (this.copies) this.renewData(tag);
+      this.commit(tag, -ERRNO.EIO);
+    }
   }
 
   /** Reads a file into the tag's buffer. `resume` gets bytes or -errno. */
@@ -302,6 +319,7 @@ export class Queue implements Disposable {
     while (this.liveTags > 0) {
       if (handler.needsEventLoop) return false;
       if (this.turn(1, handler, woken, failed) < 0) return true;
+      if (this.failure) throw this.failure.error;
     }
     return true;
   }
@@ -309,11 +327,15 @@ export class Queue implements Disposable {
   /**
    * As `run`, without blocking: between two turns the thread's event loop runs, and while there
    * is nothing to do it sleeps until the ring or a commit wakes it.
+   *
+   * @param broken told of the failure after which every request is refused, until the device is
+   * stopped: for a thread that lives on. Without it the failure is thrown at once.
    */
   async runOnEventLoop(
     handler: RequestHandler,
     woken: () => boolean,
     failed: (error: unknown) => void,
+    broken?: (error: unknown) => void,
   ): Promise<void> {
     if (!this.started) this.fetchAll();
     const watch = this.shim.watch(() => this.goOn?.());
@@ -323,14 +345,17 @@ export class Queue implements Disposable {
       if (result < 0) throw UblkError.from(result, "set up a ring");
       while (this.liveTags > 0) {
         const asked = this.commandCount;
-        const events = this.turn(0, handler, woken, failed);
+        const events = this.turn(0, this.refusing ? REFUSES : handler, woken, failed);
         if (events < 0) return;
         // Only a step that neither takes nor brings anything has the ring wake this queue.
         const idle = asked === 0 && events === 0 && this.commandCount === 0;
         if (idle) await new Promise<void>((resolve) => this.goOn = resolve);
         // Timers and sockets get their turn also under load, and what they answer is one batch.
         if (!idle || this.commandCount > 0) await new Promise(setImmediate);
-        if (this.failure) throw this.failure.error;
+        if (!this.failure || this.refusing) continue;
+        if (!broken) throw this.failure.error;
+        broken(this.failure.error);
+        this.refuse();
       }
     } finally {
       this.goOn = undefined;
@@ -389,7 +414,10 @@ export class Queue implements Disposable {
           handler.handle(this, tag);
         }
       } catch (error) {
-        if (error instanceof AssertionError || error instanceof UblkError) throw error;
+        if (error instanceof AssertionError || error instanceof UblkError) {
+          this.break(error);
+          continue;
+        }
         failed(error);
         if (this.isServing(tag)) this.commit(tag, -ERRNO.EIO);
       }

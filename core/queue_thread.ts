@@ -47,7 +47,10 @@ export interface Assignment extends QueueConfig {
 export interface QueueThread {
   /** Settles when the target is open: with what it is, if that is only known there. */
   readonly opened: Promise<TargetDescription | undefined>;
-  /** Settles when the thread is done: resolves after a stop, rejects after a failure. */
+  /**
+   * Resolves when the thread is done, after a stop. Rejects when it fails: then it is done, or
+   * refuses every request until the device is stopped.
+   */
   readonly ended: Promise<void>;
   /** See core/stats.ts. */
   readonly stats: Float64Array;
@@ -190,7 +193,7 @@ export function openHere(target: ServedTarget, shim: Shim, logAny: Log): OpenTar
       using queue = new Queue(shim, config, stats);
       handler = target.handler(serveContext(config, log));
       started.resolve(shim.native.ubd_gettid());
-      await queue.runOnEventLoop(handler, () => abandoned, logFailure(log));
+      await queue.runOnEventLoop(handler, () => abandoned, logFailure(log), ended.reject);
     };
     return {
       opened: opened.promise,
@@ -280,7 +283,7 @@ export async function runQueueThread(
   async function serveQueue(served: ServedTarget, config: Assignment): Promise<void> {
     const shim = new Shim(shimPath);
     shim.native.ubd_io_flusher(1); // Hardening: who may not, serves without it (core/isolation.ts).
-    using queue = new Queue(shim, config, stats);
+    const queue = new Queue(shim, config, stats);
     const handler = served.handler(serveContext(config, log));
     const woken = () => {
       if (Atomics.load(orders, 0) & STOPPING) handler.stopping?.();
@@ -288,8 +291,10 @@ export async function runQueueThread(
     };
     if (config.cpus) shim.narrowAffinity(config.cpus);
     send({ type: "started", tid: shim.native.ubd_gettid() });
-    if (queue.run(handler, woken, logFailure(log))) return;
-    await queue.runOnEventLoop(handler, woken, logFailure(log));
+    if (!queue.run(handler, woken, logFailure(log))) {
+      await queue.runOnEventLoop(handler, woken, logFailure(log));
+    }
+    queue[Symbol.dispose](); // A queue that has failed is closed by the end of its process.
   }
 }
 
