@@ -45,15 +45,29 @@ process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
 const FAILED_CASE =
   /<testcase\b[^>]*?\bname="([^"]*)"[^>]*[^/]>(?:(?!<\/testcase>)[^])*?<(?:failure|error)\b/g;
 
-/** Adds up one report. @param ended whether its runner ended well. */
-function count(name: string, report: string | undefined, ended: boolean): void {
+/** The most lines that are told again of what a failed test has printed. */
+const TOLD_LINES = 30;
+
+/** What a runner printed of this failed test: whoever sees only the end of a run wants to know. */
+function toldOf(test: string, output: string): string {
+  const lines = output.split("\n");
+  const end = lines.findIndex((line) => line.startsWith(`(fail) ${test}`));
+  const before = lines.slice(Math.max(0, end - TOLD_LINES), Math.max(0, end));
+  const begin = before.findLastIndex((line) => /^\((pass|skip|fail)\) |_test\.ts:$/.test(line));
+  return before.slice(begin + 1).map((line) => `\n  ${line}`).join("");
+}
+
+/** Adds up one report. @param ended whether its runner ended well. @param output what it printed. */
+function count(name: string, report: string | undefined, ended: boolean, output = ""): void {
   const occurrences = (pattern: RegExp) => report?.match(pattern)?.length ?? 0;
   const cases = occurrences(/<testcase\b/g);
   const failed = occurrences(/<(failure|error)\b/g);
   const skipped = occurrences(/<skipped\b/g);
   const crashed = cases === 0 || (!ended && failed === 0) ? 1 : 0;
   if (crashed) failures.push(`${name}: the runner failed without a failed test`);
-  for (const [, test] of report?.matchAll(FAILED_CASE) ?? []) failures.push(`${name}: ${test}`);
+  for (const [, test] of report?.matchAll(FAILED_CASE) ?? []) {
+    failures.push(`${name}: ${test}${toldOf(test!, output)}`);
+  }
   total.passed += cases - failed - skipped;
   total.failed += failed + crashed;
   total.skipped += skipped;
@@ -151,7 +165,7 @@ async function deviceTests({ kernel, ubd, part, files, alone }: Job): Promise<vo
   });
   console.log(`\n== ${name}\n${guest.output}`);
   if (guest.exitCode !== 0) console.log(guest.dmesg.split("\n").slice(-40).join("\n"));
-  count(name, readReport(join(results, "report.xml")), guest.exitCode === 0);
+  count(name, readReport(join(results, "report.xml")), guest.exitCode === 0, guest.output);
   console.log(`== ${name}: ${guest.seconds.toFixed(0)} s`);
 }
 
