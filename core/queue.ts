@@ -329,7 +329,8 @@ export class Queue implements Disposable {
    * is nothing to do it sleeps until the ring or a commit wakes it.
    *
    * @param broken told of the failure after which every request is refused, until the device is
-   * stopped: for a thread that lives on. Without it the failure is thrown at once.
+   * stopped: for a thread that lives on, and handlers without file operations. Without it the
+   * failure is thrown at once.
    */
   async runOnEventLoop(
     handler: RequestHandler,

@@ -45,11 +45,15 @@ function setUp(device: BlockDevice, depth: number, op = UBLK_IO_OP_READ) {
     descriptorBytes: Math.ceil(depth * 24 / 4096) * 4096,
   });
   const descriptors = new DataView(memory.descriptors);
-  for (let tag = 0; tag < depth; tag++) {
-    descriptors.setUint32(tag * 24, op, true);
-    descriptors.setUint32(tag * 24 + 4, 1, true);
-    descriptors.setBigUint64(tag * 24 + 8, BigInt(tag), true);
-  }
+  /** From now on each tag's request is for the sector with the tag's number, from `start` on. */
+  const ask = (start: number) => {
+    for (let tag = 0; tag < depth; tag++) {
+      descriptors.setUint32(tag * 24, op, true);
+      descriptors.setUint32(tag * 24 + 4, 1, true);
+      descriptors.setBigUint64(tag * 24 + 8, BigInt(start + tag), true);
+    }
+  };
+  ask(0);
   const log: string[] = [];
   const context = {
     depth,
@@ -59,6 +63,7 @@ function setUp(device: BlockDevice, depth: number, op = UBLK_IO_OP_READ) {
   };
   return {
     queue,
+    ask,
     log,
     handler: new FunctionHandler(device, context),
     steps: () => steps,
@@ -121,6 +126,45 @@ test("zeroing less than all fails: nobody is told that zeroes are there which ar
   set.queue.run(set.handler, () => true, fail);
   assert.deepEqual(committed.slice(0, 4), [0, 0, -ERRNO.EIO, -ERRNO.EIO]);
   assert.match(set.log[0]!, /it zeroed 511 of 512 bytes/);
+});
+
+test("a queue that has failed refuses, and no late function gets at another request", async () => {
+  const settle: (() => void)[] = [];
+  const requests: ReadRequest[] = [];
+  const read = (request: ReadRequest) => {
+    requests.push(request);
+    return new Promise<void>((resolve) => settle.push(resolve));
+  };
+  using set = setUp({ size: 4096, read }, 4);
+  const committed: [number, number][] = [];
+  const commit = set.queue.commit.bind(set.queue);
+  set.queue.commit = (tag, result) => {
+    committed.push([tag, result]);
+    commit(tag, result);
+  };
+  const told: unknown[] = [];
+  const running = set.queue.runOnEventLoop(set.handler, () => true, fail, (e) => told.push(e));
+  while (requests.length < 4) await sleep(1);
+
+  const planted = new Error("planted");
+  set.queue.break(planted);
+  set.queue.break(new Error("another"));
+  while (committed.length < 12) await sleep(1);
+  assert.deepEqual(committed.slice(0, 4), [0, 1, 2, 3].map((tag) => [tag, -ERRNO.EIO]));
+  set.ask(3);
+  for (const [tag, { buffer, offset }] of requests.entries()) {
+    assert.equal(offset, tag * 512, "it goes on with what it was asked for");
+    buffer.fill(1);
+    assert.ok(set.queue.data(tag, 512).every((byte) => byte === 0), "in memory of its own");
+  }
+  for (const answer of settle) answer();
+  const before = committed.length;
+  while (committed.length < before + 8) await sleep(1);
+
+  set.leave();
+  await running;
+  assert.ok(committed.every(([, result]) => result === -ERRNO.EIO));
+  assert.deepEqual([told, requests.length, set.log], [[planted], 4, []]);
 });
 
 test("what settles after the queue has ended touches nothing of it", async () => {
