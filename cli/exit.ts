@@ -35,7 +35,7 @@ export const EXIT_MEANINGS: readonly (readonly [number, string])[] = [
   [EXIT.NO_DRIVER, "no driver, or io_uring is off"],
   [EXIT.TIMEOUT, "the kernel did not answer in time"],
   [EXIT.BUG, "a bug in ubd"],
-  [EXIT.INTERRUPTED, "interrupted; nothing is left"],
+  [EXIT.INTERRUPTED, "interrupted; nothing half-made is left"],
 ];
 
 /** What a verb means besides these, or instead. */

@@ -67,7 +67,7 @@ export async function supervise(
       logToKernel(`server of device ${id} died (${end})`);
       if (performance.now() - started > STEADY_MS) deaths = 0;
     }
-    if (deaths === DEATHS_MAX) {
+    if (deaths === DEATHS_MAX && !stop.signal.aborted) {
       logToKernel(
         `gives up device ${id} after ${deaths} new servers in a row: ubd recover -n ${id} tries ` +
           `again, ubd del -n ${id} deletes it`,
