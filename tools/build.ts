@@ -36,7 +36,7 @@ export async function build(): Promise<void> {
   // target=node keeps node: and bun: imports as they are, for both runtimes.
   const bundle = ["--target=node", "--external", "bun:ffi", ...USERS];
   bun(...bundle, "--minify", "cli/main.ts", "--outfile", "dist/cli.js");
-  bun(...bundle, "mod.ts", "--outfile", "dist/mod.js");
+  bun(...bundle, "--minify-whitespace", "mod.ts", "--outfile", "dist/mod.js");
   bun(...bundle, "--minify-whitespace", "testing/mod.ts", "--outfile", "dist/testing.js");
   // Without its scripts: prepack is this very build.
   execFileSync("npm", ["pack", "--ignore-scripts", "--pack-destination", "dist"], {
