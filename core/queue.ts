@@ -127,6 +127,11 @@ export class Queue implements Disposable {
     this.results = new Int32Array(config.depth);
   }
 
+  /** The shim's number for it. */
+  get handle(): number {
+    return this.memory.handle;
+  }
+
   /** It is closed, or refuses: nothing may be asked of it any more. */
   get disposed(): boolean {
     return this.closed || this.refusing;
@@ -143,11 +148,11 @@ export class Queue implements Disposable {
     if (this.closed) return;
     const serving = this.states.indexOf(SERVING);
     // What was renewed once is never unmapped.
-    if (serving >= 0) this.shim.renewBuffer(this.memory.handle, serving, this.ioBytesMax);
+    if (serving >= 0) this.shim.renewBuffer(this.handle, serving, this.ioBytesMax);
     // A function that is still at work may ask what its request was.
     this.descriptors = this.descriptors.slice();
     this.closed = true;
-    this.shim.native.ubd_queue_exit(this.memory.handle);
+    this.shim.native.ubd_queue_exit(this.handle);
   }
 
   /** The request's operation: UBLK_IO_OP_*. */
@@ -194,7 +199,7 @@ export class Queue implements Disposable {
    * @throws {UblkError} ENOMEM.
    */
   renewData(tag: number): void {
-    const buffer = this.shim.renewBuffer(this.memory.handle, tag, this.ioBytesMax);
+    const buffer = this.shim.renewBuffer(this.handle, tag, this.ioBytesMax);
     if (!buffer) throw new UblkError({ errno: "ENOMEM", operation: "renew a buffer" });
     this.buffers[tag] = new Uint8Array(buffer);
   }
@@ -342,7 +347,7 @@ export class Queue implements Disposable {
     const watch = this.shim.watch(() => this.goOn?.());
     if (typeof watch === "number") throw UblkError.from(watch, "set up a ring");
     try {
-      const result = this.shim.native.ubd_queue_notify(this.memory.handle, watch.fd);
+      const result = this.shim.native.ubd_queue_notify(this.handle, watch.fd);
       if (result < 0) throw UblkError.from(result, "set up a ring");
       while (this.liveTags > 0) {
         const asked = this.commandCount;
@@ -386,7 +391,7 @@ export class Queue implements Disposable {
     // What did not fit was written nowhere.
     if (count > this.depth + 1) throw new AssertionError("more commands than tags");
     this.commandCount = 0;
-    const events = this.shim.native.ubd_step(this.memory.handle, count, wait);
+    const events = this.shim.native.ubd_step(this.handle, count, wait);
     if (events < 0) throw UblkError.from(events, "enter the ring");
     const { copies } = this;
     for (let index = 0; index < events; index++) {

@@ -17,7 +17,7 @@ import { readFileSync } from "node:fs";
 import { URL } from "node:url";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { type QueueConfig, Shim } from "../ffi/mod.ts";
-import { fromPlainError, type PlainError, toPlainError } from "./error.ts";
+import { fromPlainError, type PlainError, toPlainError, UblkError } from "./error.ts";
 import { Queue, SECTOR_BYTES } from "./queue.ts";
 import { emptyStats } from "./stats.ts";
 import type {
@@ -78,7 +78,7 @@ interface WorkerData {
 
 type Message =
   | { type: "opened"; description: TargetDescription | undefined }
-  | { type: "started"; tid: number }
+  | { type: "started"; tid: number; queue: number }
   | { type: "log"; text: string }
   | { type: "failed"; error: PlainError }
   | { type: "ended" };
@@ -112,18 +112,26 @@ export function startQueueThread(
   const worker = new Worker(new URL(entry), { workerData: data, name: `ubd-queue-${queueId}` });
 
   const { opened, started, ended, fail } = settlements();
+  /** The ring of a thread that has not closed it: see `Queue`, which may not while it lives. */
+  let open: number | undefined;
   worker.on("message", (message: Message) => {
     if (message.type === "opened") opened.resolve(message.description);
-    else if (message.type === "started") started.resolve(message.tid);
     else if (message.type === "log") log(message.text);
-    else if (message.type === "failed") fail(fromPlainError(message.error));
-    else {
-      ended.resolve();
+    else if (message.type === "started") {
+      open = message.queue;
+      started.resolve(message.tid);
+    } else {
+      if (message.type === "failed") fail(fromPlainError(message.error));
+      else open = void ended.resolve();
       worker.terminate(); // What the target left on the event loop would keep it.
     }
   });
   worker.on("error", fail);
-  worker.on("exit", (code) => fail(new Error(`queue thread ${queueId} ended with code ${code}`)));
+  worker.on("exit", (code) => {
+    if (open !== undefined) shim.native.ubd_queue_exit(open);
+    const hint = `its thread ended with code ${code}: does the target call process.exit?`;
+    fail(new UblkError({ errno: "EIO", operation: `serve queue ${queueId}`, hint }));
+  });
 
   let wakeFd = -1;
   ended.promise.catch(() => {}).finally(() => wakeFd = -1); // Its number may be another's then.
@@ -290,11 +298,11 @@ export async function runQueueThread(
       return (Atomics.load(orders, 0) & ABANDONED) !== 0;
     };
     if (config.cpus) shim.narrowAffinity(config.cpus);
-    send({ type: "started", tid: shim.native.ubd_gettid() });
+    send({ type: "started", tid: shim.native.ubd_gettid(), queue: queue.handle });
     if (!queue.run(handler, woken, logFailure(log))) {
       await queue.runOnEventLoop(handler, woken, logFailure(log));
     }
-    queue[Symbol.dispose](); // A queue that has failed is closed by the end of its process.
+    queue[Symbol.dispose](); // A queue that has failed is closed after the end of its thread.
   }
 }
 

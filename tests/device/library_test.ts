@@ -206,18 +206,18 @@ deviceTest(
   },
 );
 
-/** Does something bad when it is asked for what is behind the first 64 KiB. */
+/** Does something bad when it is asked for its middle, which nobody looks at by himself. */
 const bad = (deed: string) => `
 import process from "node:process";
 import { defineTarget } from "ubd";
 export default defineTarget({
-  size: 1024 ** 2,
+  size: 1024 ** 3,
   read({ offset }) {
-    if (offset >= 65536) { ${deed} }
+    if (offset === 512 * 1024 ** 2) { ${deed} }
   },
 });`;
 
-const READ_BAD = "if=%s of=/dev/null bs=4k count=1 skip=32 iflag=direct";
+const READ_BAD = "if=%s of=/dev/null bs=4k count=1 skip=131072 iflag=direct";
 
 deviceTest("a handler that calls process.exit leaves a device that list and del know", {
   anyKernel: true,
@@ -233,6 +233,28 @@ deviceTest("a handler that calls process.exit leaves a device that list and del 
   assert.ok(await until(dead, 60_000), list);
   await scene.del(device);
 });
+
+const EXITS_AT_ONCE = `
+import process from "node:process";
+export default { size: 1024 ** 2, read() { process.exit(3); } };`;
+
+// 6.12 reads the partition table while START_DEV holds the device's lock; 7.2 reads it later.
+deviceTest(
+  "a handler that calls process.exit at the first read holds nothing up",
+  {},
+  async (scene) => {
+    const { code, stderr } = await scene.ubd("add", moduleFile(scene, "exits.ts", EXITS_AT_ONCE));
+    if (code !== 0) {
+      assert.equal(code, 1, stderr);
+      assert.match(stderr, /^ubd: Cannot serve queue 0: EIO, .*ended with code 3/m);
+      assert.equal((await scene.ubd("list")).stdout, "");
+      return;
+    }
+    const removed = async () => / it is DEAD, /.test((await scene.ubd("gc")).stdout);
+    assert.ok(await until(removed, 60_000));
+    assert.equal((await scene.ubd("list")).stdout, "");
+  },
+);
 
 deviceTest("a handler that loops for ever: list says LIVE, and del --force removes it", {
   anyKernel: true,
