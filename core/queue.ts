@@ -79,6 +79,7 @@ export class Queue implements Disposable {
   /** Bytes of data a request may have. */
   readonly ioBytesMax: number;
   private readonly shim: Shim;
+  /** Held while the queue lives: nothing else keeps its `stats`, which the shim writes to. */
   private readonly memory: QueueMemory;
   private readonly commandWords: Int32Array;
   private readonly commandFloats: Float64Array;
