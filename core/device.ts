@@ -47,7 +47,7 @@ export const IO_BYTES_DEFAULT = 512 * 1024;
 export const IO_BYTES_DEFAULT_ZERO_COPY = 1024 * 1024;
 /** The driver addresses a request's buffer with 25 bits. */
 export const IO_BYTES_MAX = 32 * 1024 * 1024;
-/** What one ArrayBuffer can show of a queue's buffers. */
+/** Of a queue's buffers. A busy device touches all of it: more is taken for a slip. */
 const QUEUE_BUFFER_BYTES_MAX = 4 * 1024 ** 3;
 
 /** How long udev may take to make a device's node, give it to its owner and let go of it. */

@@ -86,8 +86,6 @@ export class Queue implements Disposable {
   private readonly eventWords: Int32Array;
   /** The driver's: a tag's words stand from its request's arrival until the commit. */
   private descriptors: Int32Array;
-  /** The data of each tag. */
-  private readonly buffers: Uint8Array<ArrayBuffer>[];
   private readonly states: Uint8Array;
   /** Every READ and WRITE is to be registered here; else those the driver has marked. */
   private readonly registersAll: boolean;
@@ -119,10 +117,6 @@ export class Queue implements Disposable {
     this.eventWords = new Int32Array(memory.events);
     this.descriptors = new Int32Array(memory.descriptors);
     this.copies = config.zeroCopy === undefined;
-    this.buffers = Array.from(
-      { length: this.copies ? config.depth : 0 },
-      (_, tag) => new Uint8Array(memory.buffers, tag * config.ioBytesMax, config.ioBytesMax),
-    );
     this.states = new Uint8Array(config.depth);
     this.registersAll = config.zeroCopy !== undefined && !config.zeroCopy.automatic;
     this.results = new Int32Array(config.depth);
@@ -149,7 +143,7 @@ export class Queue implements Disposable {
     if (this.closed) return;
     const serving = this.states.indexOf(SERVING);
     // What was renewed once is never unmapped.
-    if (serving >= 0) this.shim.renewBuffer(this.handle, serving, this.ioBytesMax);
+    if (serving >= 0 && this.copies) this.shim.renewBuffer(this.memory, serving);
     // A function that is still at work may ask what its request was.
     this.descriptors = this.descriptors.slice();
     this.closed = true;
@@ -184,13 +178,13 @@ export class Queue implements Disposable {
    */
   data(tag: number, bytes: number): Uint8Array<ArrayBuffer> {
     assert(this.copies, "the data is not in this process");
-    return this.buffers[tag]!.subarray(0, bytes);
+    return this.memory.buffers[tag]!.subarray(0, bytes);
   }
 
   /** Zeroes a part of the tag's buffer. Not with zero copy. */
   fillZero(tag: number, start: number, end: number): void {
     assert(this.copies, "the data is not in this process");
-    this.buffers[tag]!.fill(0, start, end);
+    this.memory.buffers[tag]!.fill(0, start, end);
   }
 
   /**
@@ -200,9 +194,8 @@ export class Queue implements Disposable {
    * @throws {UblkError} ENOMEM.
    */
   renewData(tag: number): void {
-    const buffer = this.shim.renewBuffer(this.handle, tag, this.ioBytesMax);
-    if (!buffer) throw new UblkError({ errno: "ENOMEM", operation: "renew a buffer" });
-    this.buffers[tag] = new Uint8Array(buffer);
+    if (this.shim.renewBuffer(this.memory, tag)) return;
+    throw new UblkError({ errno: "ENOMEM", operation: "renew a buffer" });
   }
 
   /**

@@ -111,8 +111,8 @@ export interface QueueMemory {
   /** depth + 1 records each. */
   readonly commands: ArrayBuffer;
   readonly events: ArrayBuffer;
-  /** depth x ioBytesMax: the data of tag t starts at t x ioBytesMax. Empty with zero copy. */
-  readonly buffers: ArrayBuffer;
+  /** For each tag ioBytesMax bytes of data. Empty with zero copy. */
+  readonly buffers: Uint8Array<ArrayBuffer>[];
   /** What the driver says of each tag's request: struct ublksrv_io_desc. */
   readonly descriptors: ArrayBuffer;
   /** Of the configuration: here so that it is not collected. */
@@ -166,16 +166,18 @@ export class Shim {
     const handle = this.native.ubd_queue_init(words, config.stats ?? null);
     if (handle < 0) return handle;
 
-    const region = (index: number, sizeBytes: number) => {
-      const address = this.native.ubd_queue_address(handle, index);
-      return address === 0 ? new ArrayBuffer(0) : adapter.view(address, sizeBytes);
-    };
+    const address = (region: number) => this.native.ubd_queue_address(handle, region);
+    const region = (index: number, sizeBytes: number) => adapter.view(address(index), sizeBytes);
+    const buffers = address(3) === 0 ? 0 : config.depth;
     return {
       handle,
       commands: region(0, (config.depth + 1) * 4 * COMMAND_WORDS),
       events: region(1, (config.depth + 1) * 4 * EVENT_WORDS),
-      buffers: region(2, config.depth * config.ioBytesMax),
-      descriptors: region(3, config.descriptorBytes),
+      descriptors: region(2, config.descriptorBytes),
+      buffers: Array.from(
+        { length: buffers },
+        (_, tag) => new Uint8Array(region(3 + tag, config.ioBytesMax)),
+      ),
       stats: config.stats,
     };
   }
@@ -197,10 +199,12 @@ export class Shim {
     return this.native.ubd_control_submit(handle, words);
   }
 
-  /** @returns the tag's new buffer; undefined without memory. See ubd_renew_buffer. */
-  renewBuffer(handle: number, tag: number, sizeBytes: number): ArrayBuffer | undefined {
+  /** Puts another buffer in the tag's place. @returns whether there was memory for it. */
+  renewBuffer({ handle, buffers }: QueueMemory, tag: number): boolean {
     const address = this.native.ubd_renew_buffer(handle, tag);
-    return address < 0 ? undefined : adapter.view(address, sizeBytes);
+    if (address < 0) return false;
+    buffers[tag] = new Uint8Array(adapter.view(address, buffers[tag]!.length));
+    return true;
   }
 
   /** @returns an eventfd whose every write calls `signalled` on the event loop, or -errno. */

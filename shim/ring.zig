@@ -182,10 +182,13 @@ fn queueAcquire(queue: *Queue) i32 {
 
     const copied = hasBuffers(queue);
     if (copied or config.char_fd < 0) {
-        queue.buffers_bytes = @as(usize, config.depth) * config.io_bytes_max;
+        // An odd number of pages from each other. At a power of two the first pages of all buffers,
+        // which small requests use, would share a few places of each cache and TLB.
+        const stride = @as(usize, config.io_bytes_max / page | 1) * page;
+        queue.buffers_bytes = config.depth * stride;
         queue.buffers = sys.mapMemory(queue.buffers_bytes) catch return -sys.ENOMEM;
         for (queue.addresses[0..config.depth], 0..) |*address, tag| {
-            address.* = queue.buffers + tag * config.io_bytes_max;
+            address.* = queue.buffers + tag * stride;
         }
     }
     queue.zeroes = sys.mapMemory(config.io_bytes_max) catch return -sys.ENOMEM;

@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 7;
+const shim_version = 8;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -57,16 +57,16 @@ export fn ubd_queue_init(config: ?*const layout.QueueConfig, stats: ?[*]f64) i32
     return handle;
 }
 
-/// Address of a region of the queue: 0 commands, 1 events, 2 io buffers, 3 io descriptors.
-/// 0 for buffers that the driver keeps, -1 for an unknown handle or region. It is valid until ubd_queue_exit.
+/// Address of a region of the queue: 0 commands, 1 events, 2 io descriptors, 3 + t the io buffer of
+/// tag t. 0 for a buffer that the driver keeps, -1 for an unknown handle or region. It is valid until
+/// ubd_queue_exit.
 export fn ubd_queue_address(handle: u32, region: u32) f64 {
     const queue = lookUp(ring.Queue, &queues, handle) orelse return -1;
     const address: usize = switch (region) {
         0 => @intFromPtr(queue.commands),
         1 => @intFromPtr(queue.events),
-        2 => queue.buffers,
-        3 => @intFromPtr(queue.descs),
-        else => return -1,
+        2 => @intFromPtr(queue.descs),
+        else => if (region - 3 < queue.config.depth) queue.addresses[region - 3] else return -1,
     };
     return @floatFromInt(address);
 }

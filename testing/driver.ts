@@ -75,8 +75,6 @@ interface Submitted {
 interface PlayedQueue {
   readonly config: QueueConfig;
   readonly memory: QueueMemory;
-  /** Where each tag's data is. */
-  readonly data: Uint8Array<ArrayBuffer>[];
   /** Tags the queue has given to the driver. */
   readonly idle: number[];
   readonly serving: (Submitted | undefined)[];
@@ -130,27 +128,16 @@ export class PlayedDriver extends Shim {
   override queueInit(config: QueueConfig): QueueMemory | number {
     const memory = super.queueInit(config);
     if (typeof memory === "number") return memory;
-    const { depth, ioBytesMax } = config;
     this.#queues.set(memory.handle, {
       config,
       memory,
-      data: Array.from(
-        { length: depth },
-        (_, tag) => new Uint8Array(memory.buffers, tag * ioBytesMax, ioBytesMax),
-      ),
       idle: [],
-      serving: new Array(depth),
+      serving: new Array(config.depth),
       submitted: [],
       retired: new Set(),
       notifyFd: -1,
     });
     return memory;
-  }
-
-  override renewBuffer(handle: number, tag: number, sizeBytes: number): ArrayBuffer | undefined {
-    const buffer = super.renewBuffer(handle, tag, sizeBytes);
-    if (buffer) this.#queues.get(handle)!.data[tag] = new Uint8Array(buffer);
-    return buffer;
   }
 
   /**
@@ -226,8 +213,8 @@ export class PlayedDriver extends Shim {
   #describe(queue: PlayedQueue, tag: number, request: Submitted): void {
     const { op, flags, offset, length, data, done } = request;
     queue.serving[tag] = request;
-    if (op === UBLK_IO_OP_READ) queue.data[tag]!.fill(POISON, 0, length - done);
-    if (op === UBLK_IO_OP_WRITE) queue.data[tag]!.set(data.subarray(done));
+    if (op === UBLK_IO_OP_READ) queue.memory.buffers[tag]!.fill(POISON, 0, length - done);
+    if (op === UBLK_IO_OP_WRITE) queue.memory.buffers[tag]!.set(data.subarray(done));
     const descriptor = pack(UBLKSRV_IO_DESC, {
       op_flags: (op | flags) >>> 0,
       nr_sectors: (length - done) / SECTOR_BYTES,
@@ -243,10 +230,10 @@ export class PlayedDriver extends Shim {
     countRequest(queue.config.stats!, op, result);
     const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
     if (op === UBLK_IO_OP_READ && result > 0) {
-      data.set(queue.data[tag]!.subarray(0, result), request.done);
+      data.set(queue.memory.buffers[tag]!.subarray(0, result), request.done);
     }
     // Whoever still looks at a request that is answered shall see that it is.
-    if (moves) queue.data[tag]!.fill(POISON, 0, length - request.done);
+    if (moves) queue.memory.buffers[tag]!.fill(POISON, 0, length - request.done);
     if (result < 0) {
       settle.reject(new RequestError(errnoName(-result), OP_NAMES.get(op)!, offset, length));
       return;

@@ -151,7 +151,7 @@ class BlockLayer extends Shim {
 
   #buffer(tag: number, request: Request): Uint8Array {
     const bytes = request.op === READ || request.op === WRITE ? (request.sectors ?? 0) * 512 : 0;
-    return new Uint8Array(this.#memory.buffers, tag * IO_BYTES, bytes);
+    return this.#memory.buffers[tag]!.subarray(0, bytes);
   }
 
   #prepare(tag: number): void {
@@ -164,7 +164,7 @@ class BlockLayer extends Shim {
     view.setUint32(4, sectors, true);
     view.setBigUint64(8, BigInt(sector), true);
     // What an earlier request left in the buffer must never be answered.
-    new Uint8Array(this.#memory.buffers, tag * IO_BYTES, IO_BYTES).fill(0xee);
+    this.#memory.buffers[tag]!.fill(0xee);
     if (data) this.#buffer(tag, request).set(data);
   }
 

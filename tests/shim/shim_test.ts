@@ -151,16 +151,28 @@ test("ubd_queue_init sets up rings of 128-byte SQEs", () => {
   assert.strictEqual(tryQueue({ sqe128: true }), 0);
 });
 
-test("ubd_queue_address answers for four regions of a living queue only", () => {
+test("ubd_queue_address answers for the regions of a living queue only", () => {
   const memory = shim.queueInit(CONFIG);
   assert.ok(typeof memory !== "number");
-  const addresses = [0, 1, 2, 3].map((region) => native.ubd_queue_address(memory.handle, region));
+  const regions = Array.from({ length: 3 + CONFIG.depth }, (_, region) => region);
+  const addresses = regions.map((region) => native.ubd_queue_address(memory.handle, region));
   assert.ok(addresses.every((address) => address > 0));
-  assert.strictEqual(new Set(addresses).size, 4);
-  assert.strictEqual(addresses[2]! % 4096, 0);
-  assert.strictEqual(native.ubd_queue_address(memory.handle, 4), -1);
+  assert.strictEqual(new Set(addresses).size, regions.length);
+  assert.ok(addresses.slice(2).every((address) => address % 4096 === 0));
+  assert.strictEqual(native.ubd_queue_address(memory.handle, regions.length), -1);
   native.ubd_queue_exit(memory.handle);
   assert.strictEqual(native.ubd_queue_address(memory.handle, 0), -1);
+});
+
+test("io buffers lie an odd number of pages apart", () => {
+  for (const [pages, apart] of [[1, 1], [2, 3], [3, 3], [128, 129]] as const) {
+    const memory = shim.queueInit({ ...CONFIG, ioBytesMax: pages * 4096 });
+    assert.ok(typeof memory !== "number");
+    const [first, second] = [3, 4].map((at) => native.ubd_queue_address(memory.handle, at));
+    assert.strictEqual(second! - first!, apart * 4096);
+    assert.ok(memory.buffers.every((buffer) => buffer.length === pages * 4096));
+    native.ubd_queue_exit(memory.handle);
+  }
 });
 
 test("handles that are stale, never given or too large are refused by every call", () => {
