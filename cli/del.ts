@@ -8,7 +8,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { type Command, Option } from "commander";
 import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
-import { checkpoint } from "../core/device.ts";
+import { checkpoint } from "../core/checkpoint.ts";
 import { ignoring, UblkError, UsageError } from "../core/error.ts";
 import { readState, removeState } from "../core/state.ts";
 import { charDeviceOpeners, deviceUsers } from "../core/users.ts";

@@ -11,7 +11,8 @@ import {
   UBLK_F_USER_RECOVERY_REISSUE,
 } from "../abi/ublk_cmd.ts";
 import { Control, lackError } from "../core/control.ts";
-import { checkpoint, Device } from "../core/device.ts";
+import { checkpoint } from "../core/checkpoint.ts";
+import { Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { show } from "./add.ts";
 import { knownState } from "./recover.ts";

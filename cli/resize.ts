@@ -12,7 +12,7 @@ import process from "node:process";
 import type { Command } from "commander";
 import { UBLK_F_UPDATE_SIZE, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
-import { checkpoint } from "../core/device.ts";
+import { checkpoint } from "../core/checkpoint.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";

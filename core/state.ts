@@ -23,7 +23,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
-import type { QueueFacts } from "./device.ts";
+import type { QueueFacts } from "./attach.ts";
 import { UblkError } from "./error.ts";
 import type { TargetFacts } from "./target.ts";
 

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: MIT
+/**
+ * Between a device in the driver and those who serve it: the character device is opened, each queue
+ * gets a thread, and what fails half-way is undone.
+ * @module
+ */
+
+import { accessSync, constants, lstatSync, readFileSync, rmSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+import type { DeviceInfo, IoCommand } from "../abi/dialect.ts";
+import { ERRNO, errnoName } from "../abi/errno.ts";
+import {
+  UBLK_F_BATCH_IO,
+  UBLK_F_NEED_GET_DATA,
+  UBLK_F_UNPRIVILEGED_DEV,
+  UBLK_F_USER_COPY,
+} from "../abi/ublk_cmd.ts";
+import type { Shim } from "../ffi/mod.ts";
+import { checkpoint } from "./checkpoint.ts";
+import type { Control } from "./control.ts";
+import { zeroCopyOf } from "./data_mode.ts";
+import { UblkError } from "./error.ts";
+import { contents } from "./proc.ts";
+import { type QueueThread, startQueueThread } from "./queue_thread.ts";
+import type { OpenTarget } from "./target.ts";
+
+/** How long udev may take to make a device's node, give it to its owner and let go of it. */
+const NODE_DEADLINE_MS = 10_000;
+
+const O_RDWR = 2;
+const S_IFCHR = 0o020000;
+export const S_IFBLK = 0o060000;
+
+/** What serving takes, be the device new or taken over. */
+export interface RecoverOptions {
+  targetName: string;
+  target: OpenTarget;
+  /** URL of the module whose evaluation in a Worker serves a queue (targets/queue_thread.ts). */
+  queueThreadEntry: string;
+  log: (text: string) => void;
+}
+
+/** What a queue's thread says of itself. */
+export interface QueueFacts {
+  qid: number;
+  /** Kernel id of the queue's thread. */
+  tid: number;
+  /** CPUs whose I/O the queue gets. */
+  affinity: number[];
+}
+
+export type Undo = (() => void | Promise<void>)[];
+
+/** Runs `work`; when it throws, what it pushed is done, last first, and the error goes on. */
+export async function unwinding<T>(
+  log: (text: string) => void,
+  work: (undo: Undo) => Promise<T>,
+): Promise<T> {
+  const undo: Undo = [];
+  try {
+    return await work(undo);
+  } catch (error) {
+    for (const step of undo.reverse()) {
+      try {
+        await step();
+      } catch (second) {
+        log(`while undoing: ${(second as Error).message}`);
+      }
+    }
+    throw error;
+  }
+}
+
+export interface Queues {
+  threads: QueueThread[];
+  facts: QueueFacts[];
+  ended: Promise<void>;
+  /** Device nodes that this process has made, since nothing else did. */
+  nodes: string[];
+  /** Awaits a command that needs every queue; a queue that dies meanwhile ends the wait. */
+  during(operation: string, command: Promise<void>): Promise<void>;
+  /** Closes what the threads used, once they have ended; removes the nodes, unless they stay. */
+  release(staying?: boolean): void;
+}
+
+/** Starts a thread for each queue and opens the character device. */
+export async function attach(
+  control: Control,
+  info: DeviceInfo,
+  options: RecoverOptions,
+  undo: Undo,
+  prepare?: () => Promise<void>,
+): Promise<Queues> {
+  const { dialect, shim } = control;
+  const target = { name: options.targetName, spec: options.target.spec };
+  // First: a runtime takes longer to start in a thread than all the rest.
+  const threads = Array.from(
+    { length: info.queues },
+    (_, queueId) =>
+      options.target.startThread?.(queueId) ??
+        startQueueThread(options.queueThreadEntry, target, queueId, shim, options.log),
+  );
+  const nodes: string[] = [];
+  const fds: number[] = [];
+  const affinities: number[][] = [];
+  const release = once((staying = false) => {
+    for (const fd of fds) shim.native.ubd_close(fd);
+    if (!staying) { for (const node of nodes) rmSync(node, { force: true }); }
+  });
+  undo.push(async () => {
+    for (const thread of threads) thread.abandon();
+    await Promise.allSettled(threads.map((thread) => thread.ended));
+    release();
+  });
+  const charFd = await openCharDevice(control, info, nodes);
+  fds.push(charFd);
+  // An unprivileged device takes commands only from who may open it, so not before now.
+  await prepare?.();
+
+  const tidsKnown: Promise<number>[] = [];
+  const pageBytes = pageSize();
+  const zeroCopy = zeroCopyOf(info.flags);
+  const inBatches = (info.flags & UBLK_F_BATCH_IO) !== 0n;
+  const ioOpcode = (command: IoCommand) => dialect.ioOpcode(command, control.ioctlEncoded);
+  for (const [queueId, thread] of threads.entries()) {
+    const wakeFd = shim.native.ubd_eventfd(0);
+    if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: info.id });
+    fds.push(wakeFd);
+    const cpus = await control.getQueueAffinity(info.id, queueId);
+    affinities.push(cpus);
+    const config = {
+      cpus,
+      charFd,
+      wakeFd,
+      queueId,
+      depth: info.depth,
+      ioBytesMax: info.maxIoBytes,
+      fetchOpcode: ioOpcode(inBatches ? "FETCH_IO_CMDS" : "FETCH_REQ"),
+      commitOpcode: ioOpcode(inBatches ? "COMMIT_IO_CMDS" : "COMMIT_AND_FETCH_REQ"),
+      prepOpcode: inBatches ? ioOpcode("PREP_IO_CMDS") : undefined,
+      sqe128: dialect.sqe128,
+      descriptorOffset: dialect.mmapOffset(queueId, pageBytes),
+      descriptorBytes: dialect.mmapBytes(info.depth, pageBytes),
+      blockName: dialect.blockName(info.id),
+      zeroCopy: zeroCopy && {
+        ...zeroCopy,
+        registerOpcode: ioOpcode("REGISTER_IO_BUF"),
+        unregisterOpcode: ioOpcode("UNREGISTER_IO_BUF"),
+      },
+      userCopy: (info.flags & UBLK_F_USER_COPY) !== 0n,
+      getDataOpcode: info.flags & UBLK_F_NEED_GET_DATA ? ioOpcode("NEED_GET_DATA") : undefined,
+    };
+    tidsKnown.push(thread.serve(config));
+  }
+  const tids = await Promise.all(tidsKnown);
+  const facts = tids.map((tid, qid) => ({ qid, tid, affinity: affinities[qid]! }));
+  checkpoint("queues started");
+
+  const ended = Promise.all(threads.map((thread) => thread.ended)).then(() => {});
+  ended.catch(() => {});
+  const during = async (operation: string, command: Promise<void>) => {
+    const died = ended.then(() => {
+      throw new UblkError({ errno: "ENODEV", operation, device: info.id });
+    });
+    died.catch(() => {});
+    await Promise.race([command, died]);
+  };
+  return { threads, facts, ended, nodes, during, release };
+}
+
+export function once<A extends unknown[]>(work: (...args: A) => void): (...args: A) => void {
+  let done = false;
+  return (...args) => {
+    if (!done) work(...args);
+    done = true;
+  };
+}
+
+/**
+ * Opens /dev/ublkcN. It appears after ADD_DEV, by devtmpfs or udev; udev may still hold it open
+ * (the driver lets one in) or may not have set its owner yet. Where nobody makes it (an initramfs,
+ * a container), root does.
+ *
+ * @param nodes gets the path if this process has made it.
+ */
+async function openCharDevice(
+  control: Control,
+  { id, flags }: DeviceInfo,
+  nodes: string[],
+): Promise<number> {
+  const { dialect, shim } = control;
+  const path = dialect.charPath(id);
+  const sysfs = `/sys/class/${dialect.charClass}/${dialect.charName(id)}/dev`;
+  const retried: number[] = [ERRNO.ENOENT, ERRNO.EACCES, ERRNO.EBUSY, ERRNO.ENXIO];
+  removeStaleNode(path, sysfs);
+  const deadline = performance.now() + NODE_DEADLINE_MS;
+  for (let pauseMs = 1;; pauseMs = Math.min(pauseMs * 2, 100)) {
+    const fd = shim.open(path, O_RDWR);
+    if (fd >= 0) return fd;
+    if (fd === -ERRNO.ENOENT && pauseMs === 100 && nodes.length === 0) {
+      makeNode(shim, path, S_IFCHR, sysfs, nodes);
+    }
+    if (!retried.includes(-fd) || performance.now() > deadline) {
+      const late = `in ${NODE_DEADLINE_MS / 1000} s`;
+      const hints: Record<string, string> = {
+        ENOENT: `it did not appear ${late}: is /dev a devtmpfs, or udevd running? ` +
+          `mknod ${path} c MAJOR MINOR, from ${sysfs}`,
+        ...(flags & UBLK_F_UNPRIVILEGED_DEV && {
+          EACCES: `udev did not give it to you ${late}: sudo ubd udev install, ` +
+            `then sudo ubd del ${id}`,
+        }),
+      };
+      throw UblkError.from(fd, `open ${path}`, {
+        device: id,
+        hint: hints[errnoName(-fd)] ??
+          "look for another process that has it open: fuser -v " + path,
+      });
+    }
+    await sleep(pauseMs);
+  }
+}
+
+/** Waits until udev has given a node to this user; without end it does not. */
+export async function accessible(path: string): Promise<void> {
+  const deadline = performance.now() + NODE_DEADLINE_MS;
+  while (performance.now() < deadline) {
+    try {
+      return accessSync(path, constants.R_OK | constants.W_OK);
+    } catch {
+      await sleep(20);
+    }
+  }
+}
+
+/** Makes a device node from the numbers in sysfs, if permitted. */
+export function makeNode(
+  shim: Shim,
+  path: string,
+  type: number,
+  sysfs: string,
+  nodes: string[],
+): void {
+  const [major, minor] = numbersIn(sysfs);
+  if (minor === undefined) return; // No sysfs: what was tried before fails with its own message.
+  const name = new TextEncoder().encode(`${path}\0`);
+  if (shim.native.ubd_mknod(name, type | 0o600, major!, minor) === 0) nodes.push(path);
+}
+
+/**
+ * Where nobody but ubd makes nodes, one may be left of an earlier device, with numbers that are
+ * another disk's by now. What is no device node, somebody else has put there: it stays.
+ */
+export function removeStaleNode(path: string, sysfs: string): void {
+  const stats = lstatSync(path, { throwIfNoEntry: false });
+  if (!stats || !(stats.isBlockDevice() || stats.isCharacterDevice())) return;
+  const [major, minor] = numbersIn(sysfs);
+  if (minor === undefined) return;
+  // As in shim.zig: 12 bits of the one around 20 of the other. The result has 32.
+  const number = (minor & 0xff) + major! * 2 ** 8 + (minor >> 8) * 2 ** 20;
+  if (stats.rdev === number) return;
+  try {
+    rmSync(path);
+  } catch { /* not permitted: who opens it will see */ }
+}
+
+function numbersIn(sysfs: string): number[] {
+  const numbers = contents(sysfs).trim();
+  return numbers ? numbers.split(":").map(Number) : [];
+}
+
+/** The machine's page size in bytes: AT_PAGESZ of the auxiliary vector. */
+function pageSize(): number {
+  const vector = readFileSync("/proc/self/auxv");
+  const AT_PAGESZ = 6n;
+  for (let at = 0; at + 16 <= vector.length; at += 16) {
+    if (vector.readBigUInt64LE(at) === AT_PAGESZ) return Number(vector.readBigUInt64LE(at + 8));
+  }
+  return 4096;
+}
