@@ -27,6 +27,7 @@ import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/
 import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
 import { describeDevice, dumpDevice, isNoneOfOurs } from "./describe.ts";
+import { print, printJson, tell } from "./output.ts";
 import { serve } from "./server.ts";
 import { type Live, type RecoveryMode, type ServerSpec, startServer } from "./start_server.ts";
 import { formatSize, parseInteger, parseSize } from "./size.ts";
@@ -307,14 +308,13 @@ async function add(
   const spec = toSpec(target, files, options);
   if (options.foreground) {
     becomeFlusher(new Shim());
-    const log = (text: string) => process.stderr.write(`ubd: ${text}\n`);
     let shown: Promise<void> | undefined;
     const onLive = (live: Live) => {
       notify(`READY=1\nSTATUS=${live.path} is live`);
       shown = show(live, options);
     };
     const adopted = await waitingDevice(spec);
-    await serve({ ...spec, ...adopted }, { daemon: false, log, onAdded: () => {}, onLive });
+    await serve({ ...spec, ...adopted }, { daemon: false, log: tell, onAdded: () => {}, onLive });
     await shown;
   } else {
     await show(await startServer(spec), options);
@@ -479,10 +479,10 @@ export async function show(live: Live, { json }: { json?: boolean }): Promise<vo
   using control = await Control.open();
   const facts = await describeDevice(control, live.id);
   if (json) {
-    console.log(JSON.stringify({ ...facts, notes: live.notes }));
+    printJson({ ...facts, notes: live.notes });
     return;
   }
-  process.stdout.write(dumpDevice(facts));
+  print(dumpDevice(facts));
   const notes = [formatSize(facts.sizeBytes), facts.readOnly ? "read-only" : "", ...live.notes];
-  process.stderr.write(`ubd: ${live.path} is live: ${notes.filter(Boolean).join(", ")}\n`);
+  tell(`${live.path} is live: ${notes.filter(Boolean).join(", ")}`);
 }

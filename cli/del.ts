@@ -14,6 +14,7 @@ import { readState, removeState } from "../core/state.ts";
 import { charDeviceOpeners, deviceUsers } from "../core/users.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
+import { printJson } from "./output.ts";
 import { STOPPING_SIGNAL } from "./start_server.ts";
 import { parseDeviceId } from "./size.ts";
 
@@ -94,7 +95,7 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
     }
   }
   if (failed !== undefined) throw failed;
-  if (options.json) console.log(JSON.stringify({ deleted }));
+  if (options.json) printJson({ deleted });
 }
 
 /** @throws {UblkError} EBUSY: somebody uses it, and `force` is false. */

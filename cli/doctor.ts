@@ -22,6 +22,7 @@ import { swapPaths } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { describeAll } from "./describe.ts";
 import { EXIT } from "./exit.ts";
+import { print, printJson } from "./output.ts";
 
 export interface Finding {
   check: string;
@@ -47,8 +48,8 @@ export function defineDoctor(program: Command): void {
 async function doctor({ json }: { json?: boolean }): Promise<void> {
   const findings = await diagnose();
   const working = !findings.some(({ level }) => level === "problem");
-  if (json) console.log(JSON.stringify({ working, findings }));
-  else process.stdout.write(findings.map(toText).join(""));
+  if (json) printJson({ working, findings });
+  else print(findings.map(toText).join(""));
   process.exitCode = working ? EXIT.OK : EXIT.FAILURE;
 }
 

@@ -5,8 +5,8 @@
  * @module
  */
 
-import process from "node:process";
 import { UblkError, type UblkErrorDetails, UsageError } from "../core/error.ts";
+import { printJson, tell } from "./output.ts";
 
 export const EXIT = {
   OK: 0,
@@ -95,6 +95,6 @@ export function toFailure(error: unknown): Failure {
 }
 
 export function reportFailure(failure: Failure, json: boolean): void {
-  if (json) console.log(JSON.stringify({ error: failure }));
-  process.stderr.write(`ubd: ${failure.message}\n`);
+  if (json) printJson({ error: failure });
+  tell(failure.message);
 }

@@ -10,7 +10,6 @@
 
 import { existsSync, readdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
-import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Command } from "commander";
 import { STATE_NAMES, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
@@ -21,6 +20,7 @@ import { charDeviceOpeners } from "../core/users.ts";
 import { deleteDevice } from "./del.ts";
 import { deviceIds } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
+import { print, printJson, tell } from "./output.ts";
 
 /** Between the two looks. */
 const GRACE_MS = 1000;
@@ -71,16 +71,14 @@ async function gc(options: GcOptions): Promise<void> {
     : await removeAll(control, removable, may);
   const verb = options.dryRun ? "would remove" : "removed";
   for (const leftover of removed) {
-    if (!options.json) console.log(`${verb} ${nameOf(leftover)}: ${leftover.why}`);
+    if (!options.json) print(`${verb} ${nameOf(leftover)}: ${leftover.why}\n`);
   }
   for (const leftover of kept) {
-    process.stderr.write(
-      `ubd: kept ${nameOf(leftover)}: ${leftover.why}; ${leftover.needs.join(" ")} removes it\n`,
-    );
+    tell(`kept ${nameOf(leftover)}: ${leftover.why}; ${leftover.needs.join(" ")} removes it`);
   }
   for (const failure of failures.slice(1)) reportFailure(toFailure(failure), false);
   if (failures.length > 0) throw failures[0];
-  if (options.json) console.log(JSON.stringify({ removed, kept, dryRun: options.dryRun ?? false }));
+  if (options.json) printJson({ removed, kept, dryRun: options.dryRun ?? false });
 }
 
 function nameOf({ device, file }: Leftover): string {

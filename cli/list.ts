@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 /** `ubd list`, `ubd info` and `ubd features`: what the driver and the state files say. @module */
 
-import process from "node:process";
 import type { Command } from "commander";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { readState } from "../core/state.ts";
+import { oneLine } from "../core/text.ts";
 import {
   describeAll,
   describeDevice,
@@ -15,6 +15,7 @@ import {
   featureNames,
   knownParams,
 } from "./describe.ts";
+import { print, printJson } from "./output.ts";
 import { formatSize, parseDeviceId } from "./size.ts";
 
 interface ListOptions {
@@ -49,19 +50,18 @@ async function list({ number, verbose, json }: ListOptions): Promise<void> {
     ? await describeAll(control)
     : [await describeDevice(control, number)];
   if (json) {
-    console.log(JSON.stringify(devices));
+    printJson(devices);
     return;
   }
   for (const facts of devices) {
     if (!verbose) {
-      process.stdout.write(dumpDevice(facts));
+      print(dumpDevice(facts));
       continue;
     }
     const params = control.dialect.hasParams ? await control.getParams(facts.id) : {};
     const { queueThreads: _, target, ...device } = facts;
     const queues = Object.fromEntries(facts.queueThreads.map((queue) => [queue.qid, queue]));
-    const plain = (_: string, value: unknown) => typeof value === "bigint" ? Number(value) : value;
-    console.log(JSON.stringify({ dev_info: device, params, queues, target }, plain, 4));
+    printJson({ dev_info: device, params, queues, target }, 4);
   }
 }
 
@@ -71,7 +71,7 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
   const known = await knownParams(control, id);
   const params = known && describeParams(known);
   if (json) {
-    console.log(JSON.stringify({ ...facts, ...(params && { params }) }));
+    printJson({ ...facts, ...(params && { params }) });
     return;
   }
   const { targetFlags } = await control.getDeviceInfo(id);
@@ -91,7 +91,7 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
     ["features", facts.features.join(" ") || "none"],
     ...Object.entries(facts.target).map(([key, value]): [string, string] => [key, String(value)]),
   ];
-  for (const [name, value] of lines) process.stdout.write(`${name.padEnd(14)}${value}\n`);
+  for (const [name, value] of lines) print(`${name.padEnd(14)}${oneLine(value)}\n`);
 }
 
 function wordsOf(params: ReturnType<typeof describeParams>): [string, string][] {
@@ -130,8 +130,8 @@ async function features({ json }: ListOptions): Promise<void> {
   }
   if (json) {
     const hex = `0x${control.features.toString(16)}`;
-    console.log(JSON.stringify({ features: hex, names: featureNames(control.features) }));
+    printJson({ features: hex, names: featureNames(control.features) });
   } else {
-    process.stdout.write(dumpFeatures(control.features));
+    print(dumpFeatures(control.features));
   }
 }

@@ -15,6 +15,7 @@ import { defineDoctor } from "./doctor.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure, VERB_EXIT_MEANINGS } from "./exit.ts";
 import { defineGc } from "./gc.ts";
 import { defineList } from "./list.ts";
+import { print, printJson } from "./output.ts";
 import { defineQuiesce, defineUpgrade } from "./quiesce.ts";
 import { defineRecover } from "./recover.ts";
 import { defineResize } from "./resize.ts";
@@ -28,7 +29,7 @@ function defineProgram(): Command {
     .helpCommand(false)
     .enablePositionalOptions() // `list -v` is not `-v`
     .exitOverride()
-    .configureOutput({ outputError: () => {} }) // reportFailure prints it
+    .configureOutput({ writeOut: print, outputError: () => {} }) // reportFailure prints it
     .showSuggestionAfterError();
   defineAdd(program);
   defineRun(program);
@@ -85,8 +86,8 @@ function codes(meanings: readonly (readonly [number | string, string])[]): strin
 
 function version({ json }: { json?: boolean }): void {
   const facts = { version: VERSION, runtime, kernel: release() };
-  if (json) console.log(JSON.stringify(facts));
-  else console.log(`ubd ${VERSION} (${runtime}, Linux ${facts.kernel})`);
+  if (json) printJson(facts);
+  else print(`ubd ${VERSION} (${runtime}, Linux ${facts.kernel})\n`);
 }
 
 function help(program: Command, verb: string | undefined, { json }: { json?: boolean }): void {
@@ -110,7 +111,7 @@ function help(program: Command, verb: string | undefined, { json }: { json?: boo
     ].map(([code, meaning]) => ({ code, meaning })),
     commands: one.commands.map(describe),
   });
-  console.log(JSON.stringify(describe(command)));
+  printJson(describe(command));
 }
 
 /** `ubd add ./x.ts --help` shows what only the module knows. */

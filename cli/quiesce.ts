@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 /** `ubd quiesce` and `ubd upgrade`: the server lets go of a device that stays. @module */
 
-import process from "node:process";
 import type { Command } from "commander";
 import {
   UBLK_F_BATCH_IO,
@@ -15,6 +14,7 @@ import { checkpoint } from "../core/checkpoint.ts";
 import { Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { show } from "./add.ts";
+import { printJson, tell } from "./output.ts";
 import { knownState } from "./recover.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
@@ -55,8 +55,8 @@ async function quiesce(device: number | undefined, options: QuiesceOptions): Pro
   using control = await Control.open();
   await refuseUnquiescible(control, id);
   await Device.quiesce(control, id);
-  if (options.json) console.log(JSON.stringify({ quiesced: id }));
-  else process.stderr.write(`ubd: device ${id} waits for a server: ubd recover -n ${id}\n`);
+  if (options.json) printJson({ quiesced: id });
+  else tell(`device ${id} waits for a server: ubd recover -n ${id}`);
 }
 
 async function upgrade(device: number | undefined, options: QuiesceOptions): Promise<void> {
@@ -79,7 +79,7 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
   try {
     await show(await startServer({ ...spec as ServerSpec, recover: id }), options);
   } catch (error) {
-    process.stderr.write(`ubd: device ${id} waits for a server: ubd recover -n ${id}\n`);
+    tell(`device ${id} waits for a server: ubd recover -n ${id}`);
     throw error;
   }
 }

@@ -8,7 +8,6 @@
  * @module
  */
 
-import process from "node:process";
 import type { Command } from "commander";
 import { UBLK_F_UPDATE_SIZE, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
@@ -16,6 +15,7 @@ import { checkpoint } from "../core/checkpoint.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
+import { printJson, tell } from "./output.ts";
 import { knownState } from "./recover.ts";
 import type { ServerSpec } from "./start_server.ts";
 import { formatSize, oneDeviceId, parseDeviceId, parseSize } from "./size.ts";
@@ -84,9 +84,9 @@ async function resize(
   await control.updateSize(id, sizeBytes / SECTOR_BYTES);
   checkpoint("resized");
   const path = control.dialect.blockPath(id);
-  if (json) console.log(JSON.stringify({ id, path, sizeBytes, before }));
+  if (json) printJson({ id, path, sizeBytes, before });
   else {
     const [now, then] = [formatSize(sizeBytes), formatSize(before)];
-    process.stderr.write(`ubd: ${path} has ${now}${now === then ? "" : `, before ${then}`}\n`);
+    tell(`${path} has ${now}${now === then ? "" : `, before ${then}`}`);
   }
 }

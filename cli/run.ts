@@ -21,6 +21,7 @@ import { Shim } from "../ffi/mod.ts";
 import { type AddOptions, defineDeviceOptions, toSpec } from "./add.ts";
 import { deleteDevice } from "./del.ts";
 import { COMMAND_EXIT, reportFailure, toFailure } from "./exit.ts";
+import { tell } from "./output.ts";
 import { type Live, startServer } from "./start_server.ts";
 
 export function defineRun(program: Command): void {
@@ -79,7 +80,7 @@ async function runCommand(command: string[], { path }: Live): Promise<number> {
   }
   return await new Promise((resolve) => {
     child.on("error", (error: NodeJS.ErrnoException) => {
-      process.stderr.write(`ubd: Cannot run ${program}: ${error.message}\n`);
+      tell(`Cannot run ${program}: ${error.message}`);
       resolve(error.code === "ENOENT" ? COMMAND_EXIT.ABSENT : COMMAND_EXIT.REFUSED);
     });
     child.on("exit", (code, signal) => resolve(code ?? 128 + constants.signals[signal!]));

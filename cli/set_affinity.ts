@@ -2,11 +2,11 @@
 /** `ubd set_affinity`: on which CPUs the thread of a queue may run. @module */
 
 import { readFileSync } from "node:fs";
-import process from "node:process";
 import type { Command } from "commander";
 import { Control } from "../core/control.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { describeDevice } from "./describe.ts";
+import { printJson, tell } from "./output.ts";
 import { oneDeviceId, parseCpus, parseDeviceId, parseInteger } from "./size.ts";
 
 interface SetAffinityOptions {
@@ -58,8 +58,8 @@ async function setAffinity(
     throw UblkError.from(result, operation, { device: id, ...(known && { hint: known }) });
   }
   const { affinity } = (await describeDevice(control, id)).queueThreads[queue]!;
-  if (json) console.log(JSON.stringify({ id, queue, tid: thread.tid, affinity }));
-  else process.stderr.write(`ubd: queue ${queue} of device ${id} runs on CPU ${affinity}\n`);
+  if (json) printJson({ id, queue, tid: thread.tid, affinity });
+  else tell(`queue ${queue} of device ${id} runs on CPU ${affinity}`);
 }
 
 function isThreadOf(pid: number, tid: number): boolean {

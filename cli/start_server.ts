@@ -26,6 +26,7 @@ import { UblkError } from "../core/error.ts";
 import { asFlusher, inPrivateMounts, mountNamespace } from "../core/isolation.ts";
 import { rerunArguments, restfulEnvironment, Shim } from "../ffi/mod.ts";
 import { readState, removeState } from "../core/state.ts";
+import { printable } from "../core/text.ts";
 import { EXIT, type Failure, ReportedError } from "./exit.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
@@ -95,7 +96,7 @@ export async function* linesOf(stream: Readable): AsyncGenerator<string, undefin
 /** A daemon has no terminal; the kernel's log is where people look after a disk misbehaves. */
 export function logToKernel(message: string): void {
   try {
-    const line = `ubd[${process.pid}]: ${message.replaceAll("\n", " | ")}\n`;
+    const line = `ubd[${process.pid}]: ${printable(message).replaceAll("\n", " | ")}\n`;
     writeFileSync("/dev/kmsg", line, { flag: "r+" }); // A container's /dev may have none: make none.
   } catch { /* no permission: nobody to tell */ }
 }

@@ -5,6 +5,7 @@ import { closeSync, openSync, readFileSync, writeSync } from "node:fs";
 import process from "node:process";
 import { UblkError } from "../core/error.ts";
 import { Shim } from "../ffi/mod.ts";
+import { tell } from "./output.ts";
 
 /**
  * Tells the service manager, when there is one (sd_notify).
@@ -19,7 +20,7 @@ export function notify(state: string): void {
   const { ubd_send_datagram } = new Shim().native;
   const sent = ubd_send_datagram(address, address.length, data, data.length);
   // The device is served all the same; whoever waits for the word gives up in time.
-  if (sent < 0) process.stderr.write(`ubd: ${UblkError.from(sent, `notify ${name}`).message}\n`);
+  if (sent < 0) tell(UblkError.from(sent, `notify ${name}`).message);
 }
 
 /**

@@ -26,6 +26,7 @@ import type { Command } from "commander";
 import { UblkError, UsageError } from "../core/error.ts";
 import { unpackBinary } from "../ffi/mod.ts";
 import { OWNER_PACKED } from "../ffi/shim_binary.ts";
+import { print, printJson, tell } from "./output.ts";
 
 const RULES_PATH = "/etc/udev/rules.d/60-ubd.rules";
 const OWNER_PATH = "/usr/local/lib/ubd/ubd-owner";
@@ -51,24 +52,24 @@ export function defineUdev(program: Command): void {
     .action(udev);
 }
 
-function udev(action: string | undefined, { print, group, json }: UdevOptions): void {
+function udev(action: string | undefined, { print: onlyShow, group, json }: UdevOptions): void {
   if (group !== undefined && !/^[a-z_][a-z0-9_-]*$/i.test(group)) {
     throw new UsageError(`Group "${group}": it must be a name`);
   }
-  if (print && action === undefined) {
-    if (json) console.log(JSON.stringify({ path: RULES_PATH, rules: rules(group) }));
-    else process.stdout.write(rules(group));
+  if (onlyShow && action === undefined) {
+    if (json) printJson({ path: RULES_PATH, rules: rules(group) });
+    else print(rules(group));
     return;
   }
-  if (print || (action !== "install" && action !== "remove")) {
+  if (onlyShow || (action !== "install" && action !== "remove")) {
     throw new UsageError("What to do? ubd udev install, ubd udev remove or ubd udev --print");
   }
   const done = action === "install" ? install(group) : remove();
   const told = tellUdev();
-  if (json) console.log(JSON.stringify({ [action]: done, udevTold: told }));
-  else for (const path of done) console.log(`${action} ${path}`);
+  if (json) printJson({ [action]: done, udevTold: told });
+  else for (const path of done) print(`${action} ${path}\n`);
   if (!told) {
-    process.stderr.write("ubd: no udevd took notice: is it running? then: udevadm control -R\n");
+    tell("no udevd took notice: is it running? then: udevadm control -R");
   }
 }
 

@@ -13,6 +13,7 @@ import {
 import { DEPTH_DEFAULT, Device, QUEUES_DEFAULT } from "./device.ts";
 import { openHere } from "./queue_thread.ts";
 import type { DeviceStats } from "./stats.ts";
+import { printable } from "./text.ts";
 
 /** What `createDevice` may be told. */
 export interface CreateDeviceOptions {
@@ -71,7 +72,7 @@ export async function createDevice(
   target: Target | BlockDevice,
   options: CreateDeviceOptions = {},
 ): Promise<ServedDevice> {
-  const { log = console.error, stopOnSignals = true } = options;
+  const { log = logToConsole, stopOnSignals = true } = options;
   const definition = toDefinition(target, "This");
   const values = parseOptions(definition, options.options ?? {}, process.cwd());
   const control = await Control.open();
@@ -122,3 +123,7 @@ export async function createDevice(
 }
 
 const SIGNALS = ["SIGINT", "SIGTERM"] as const;
+
+function logToConsole(text: string): void {
+  console.error(printable(text));
+}

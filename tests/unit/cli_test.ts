@@ -270,3 +270,15 @@ test("ubd --json without the driver is one JSON object", { skip: driverSkip, ...
     );
   }
 });
+
+test("ubd prints no control character of what it was given", TIMEOUT, () => {
+  const name = "x\x1b]0;x\x07\u202e";
+  const shown = String.raw`x\u001b]0;x\u0007\u202e`;
+  for (const args of [["del", name], ["add", "loop", "--size", name], ["list", `--${name}`]]) {
+    const { code, stdout, stderr } = ubd(...args, "--json");
+    assert.strictEqual(code, 2);
+    assert.ok(stdout.includes(shown) && stderr.includes(shown), stderr);
+    assert.ok(!/[^\n -~]/.test(stdout + stderr), stderr);
+    assert.ok(JSON.parse(stdout).error.message.includes(name), "JSON keeps its meaning");
+  }
+});
