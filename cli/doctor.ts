@@ -17,11 +17,11 @@ import { errnoName } from "../abi/errno.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { contents, namesIn } from "../core/proc.ts";
-import { stateDirectory } from "../core/state.ts";
 import { swapPaths } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { describeAll } from "./describe.ts";
 import { EXIT } from "./exit.ts";
+import { staleFiles } from "./gc.ts";
 import { print, printJson } from "./output.ts";
 
 export interface Finding {
@@ -430,16 +430,11 @@ function isAlive(pid: number): boolean {
 
 /** @param ids of the devices there are. */
 function checkStateFiles(ids: number[]): Finding[] {
-  const directory = stateDirectory();
-  const stale = namesIn(directory).filter((name) => {
-    const [, id, writer] = /^(?:(\d+)\.json|\.\d+\.(\d+))$/.exec(name) ?? [];
-    return writer !== undefined ? !isAlive(Number(writer)) : id && !ids.includes(Number(id));
-  });
-  return stale.map((name) => ({
+  return staleFiles(ids).map(({ file, why }) => ({
     check: "state",
     level: "warning",
-    what: `${directory}/${name} is stale`,
-    why: "the device, or the server that wrote it, is gone",
+    what: `${file} is stale`,
+    why,
     mend: "ubd gc",
   }));
 }

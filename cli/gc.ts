@@ -8,14 +8,14 @@
  * @module
  */
 
-import { existsSync, readdirSync, rmSync } from "node:fs";
-import { join } from "node:path";
+import { existsSync } from "node:fs";
+import { basename, join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Command } from "commander";
 import { STATE_NAMES, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
-import { makerOf, readState, stateDirectory, statePath } from "../core/state.ts";
+import { makerOf, readState, removeStateName, stateDirectory, stateNames } from "../core/state.ts";
 import { charDeviceOpeners } from "../core/users.ts";
 import { deleteDevice } from "./del.ts";
 import { deviceIds } from "./describe.ts";
@@ -126,20 +126,20 @@ async function abandoned(control: Control, id: number): Promise<Leftover | undef
   return { device: id, why: `it is ${STATE_NAMES.get(state)}, ${who}${more}`, needs };
 }
 
-/** State files without a device, and those that a killed process was about to write. */
-function staleFiles(devices: number[]): Leftover[] {
-  let names: string[] = [];
-  try {
-    names = readdirSync(stateDirectory());
-  } catch { /* nobody has made it yet */ }
-  return names.flatMap((name) => {
-    const [, id] = /^(\d+)\.json$/.exec(name) ?? [];
+/**
+ * State files without a device, and those that a killed process was about to write. Other names in
+ * the directory are none of ours, such as 007.json.
+ */
+export function staleFiles(devices: readonly number[]): (Leftover & { file: string })[] {
+  return stateNames().flatMap((name) => {
+    const [, id] = /^(0|[1-9]\d*)\.json$/.exec(name) ?? [];
     const [, writer] = /^\.\d+\.(\d+)$/.exec(name) ?? [];
+    const file = join(stateDirectory(), name);
     if (id !== undefined && !devices.includes(Number(id))) {
-      return [{ file: statePath(Number(id)), why: `there is no device ${id}`, needs: [] }];
+      return [{ file, why: `there is no device ${id}`, needs: [] }];
     }
     if (writer !== undefined && !existsSync(`/proc/${writer}`)) {
-      return [{ file: join(stateDirectory(), name), why: `process ${writer} is gone`, needs: [] }];
+      return [{ file, why: `process ${writer} is gone`, needs: [] }];
     }
     return [];
   });
@@ -161,7 +161,7 @@ export async function removeAll(
     try {
       if (file !== undefined) {
         if (!staleFiles(deviceIds(control)).some((stale) => stale.file === file)) continue;
-        rmSync(file, { force: true });
+        removeStateName(basename(file));
       } else {
         const now = await abandoned(control, device!);
         if (!now || !may(now)) continue;

@@ -7,6 +7,7 @@
 import { release } from "node:os";
 import process from "node:process";
 import { Command, CommanderError } from "commander";
+import { onStateFault } from "../core/state.ts";
 import { VERSION } from "../core/version.ts";
 import { runtime } from "../ffi/mod.ts";
 import { defineAdd, targetHelp } from "./add.ts";
@@ -15,7 +16,7 @@ import { defineDoctor } from "./doctor.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure, VERB_EXIT_MEANINGS } from "./exit.ts";
 import { defineGc } from "./gc.ts";
 import { defineList } from "./list.ts";
-import { print, printJson } from "./output.ts";
+import { print, printJson, tell } from "./output.ts";
 import { defineQuiesce, defineUpgrade } from "./quiesce.ts";
 import { defineRecover } from "./recover.ts";
 import { defineResize } from "./resize.ts";
@@ -126,6 +127,7 @@ async function explainTarget(program: Command): Promise<void> {
 export async function runProgram(): Promise<number> {
   const own = process.argv.slice(0, process.argv.length - commandOf(process.argv).length);
   const json = own.includes("--json");
+  onStateFault(tell);
   try {
     const program = defineProgram();
     await explainTarget(program);

@@ -4,8 +4,9 @@
 import type { Command } from "commander";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
-import { readState } from "../core/state.ts";
+import { type DeviceState, findState, statePath } from "../core/state.ts";
 import { show } from "./add.ts";
+import { specOf } from "./spec.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
 
@@ -28,21 +29,35 @@ async function recover(
   const id = oneDeviceId("recover", device, number);
   using control = await Control.open();
   const state = await knownState(control, id, "recover");
-  await show(await startServer({ ...state.spec as ServerSpec, recover: id }), {
+  await show(await startServer({ ...state.spec, recover: id }), {
     json: json ?? false,
   });
 }
 
-/** @throws {UblkError} ENODEV: no such device; ENOENT: nobody knows what it served. */
-export async function knownState(control: Control, id: number, operation: string) {
+/**
+ * What the last server of a device was told, of a form that a new one takes.
+ *
+ * @throws {UblkError} ENODEV: no such device; ENOENT: nobody knows what it served; EINVAL: what its
+ * state file says cannot be served.
+ */
+export async function knownState(
+  control: Control,
+  id: number,
+  operation: string,
+): Promise<DeviceState & { spec: ServerSpec }> {
   const { targetFlags } = await control.getDeviceInfo(id);
-  const state = readState(id, targetFlags);
-  if (state) return state;
+  const { state, fault } = findState(id, targetFlags);
+  const told = state && specOf(state);
+  if (told && "spec" in told) return { ...state, spec: told.spec };
+  const why = told?.fault ?? fault;
+  const again = `so what it serves is not known: ubd del -n ${id} and add it again`;
+  const hint = why === undefined
+    ? `it has no state file, ${again}; or it is another program's`
+    : `${statePath(id)} cannot be used, ${why}, ${again}`;
   throw new UblkError({
-    errno: "ENOENT",
+    errno: why === undefined ? "ENOENT" : "EINVAL",
     operation,
     device: id,
-    hint: "it has no state file, so what it serves is not known: it is another program's, or " +
-      "ubd del -n ID and add it again",
+    hint,
   });
 }

@@ -28,7 +28,7 @@ import { detachMounts, harden, hasOwnMounts } from "../core/isolation.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { openInThread } from "../core/queue_thread.ts";
 import type { OpenTarget } from "../core/target.ts";
-import { readState, removeState, writeState } from "../core/state.ts";
+import { makeStateDirectory, readState, removeState, writeState } from "../core/state.ts";
 import { deviceUsers } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
@@ -36,6 +36,7 @@ import type { ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
 import { EXIT, toFailure } from "./exit.ts";
+import { specOf } from "./spec.ts";
 import {
   type Answer,
   interruption,
@@ -113,6 +114,7 @@ export async function serve(
   if (spec.watch && !quiescible(control)) throw lackError(UBLK_F_QUIESCE, "watch the module");
   const watched = spec.watch ? (spec.target.options as unknown as ModuleSpec).file : undefined;
   const loaded = watched === undefined ? 0 : versionOf(watched);
+  makeStateDirectory(); // Before there is anything to undo.
   const target = await openTarget(control, spec, goOn, log);
   const served = { targetName, target, queueThreadEntry, log };
   const device = recover === undefined
@@ -266,9 +268,11 @@ async function refuseAwaited(control: Control, spec: ServerSpec): Promise<void> 
   const files = await filesOf(spec);
   if (files.length === 0) return;
   for (const id of deviceIds(control)) {
-    const { spec: known } = readState(id) ?? {};
-    const other = known as ServerSpec | undefined;
-    if (!other?.recovery || (spec.target.options.readOnly && other.target.options.readOnly)) {
+    const known = readState(id);
+    const told = known && specOf(known);
+    if (!told || !("spec" in told)) continue; // The next server of that device cannot be told it, too.
+    const other = told.spec;
+    if (!other.recovery || (spec.target.options.readOnly && other.target.options.readOnly)) {
       continue;
     }
     if (!(await awaitsServer(control, id))) continue;

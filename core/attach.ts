@@ -5,7 +5,7 @@
  * @module
  */
 
-import { accessSync, constants, lstatSync, readFileSync, rmSync } from "node:fs";
+import { accessSync, constants, readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceInfo, IoCommand } from "../abi/dialect.ts";
 import { ERRNO, errnoName } from "../abi/errno.ts";
@@ -15,12 +15,11 @@ import {
   UBLK_F_UNPRIVILEGED_DEV,
   UBLK_F_USER_COPY,
 } from "../abi/ublk_cmd.ts";
-import type { Shim } from "../ffi/mod.ts";
 import { checkpoint } from "./checkpoint.ts";
 import type { Control } from "./control.ts";
 import { zeroCopyOf } from "./data_mode.ts";
 import { UblkError } from "./error.ts";
-import { contents } from "./proc.ts";
+import { type NodePlace, Nodes, removeStaleNode, S_IFBLK, S_IFCHR } from "./nodes.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
 import type { OpenTarget } from "./target.ts";
 
@@ -28,8 +27,6 @@ import type { OpenTarget } from "./target.ts";
 const NODE_DEADLINE_MS = 10_000;
 
 const O_RDWR = 2;
-const S_IFCHR = 0o020000;
-export const S_IFBLK = 0o060000;
 
 /** What serving takes, be the device new or taken over. */
 export interface RecoverOptions {
@@ -76,7 +73,7 @@ export interface Queues {
   facts: QueueFacts[];
   ended: Promise<void>;
   /** Device nodes that this process has made, since nothing else did. */
-  nodes: string[];
+  nodes: Nodes;
   /** Awaits a command that needs every queue; a queue that dies meanwhile ends the wait. */
   during(operation: string, command: Promise<void>): Promise<void>;
   /** Closes what the threads used, once they have ended; removes the nodes, unless they stay. */
@@ -100,12 +97,12 @@ export async function attach(
       options.target.startThread?.(queueId) ??
         startQueueThread(options.queueThreadEntry, target, queueId, shim, options.log),
   );
-  const nodes: string[] = [];
+  const nodes = new Nodes();
   const fds: number[] = [];
   const affinities: number[][] = [];
   const release = once((staying = false) => {
     for (const fd of fds) shim.native.ubd_close(fd);
-    if (!staying) { for (const node of nodes) rmSync(node, { force: true }); }
+    if (!staying) { for (const kept of nodes.remove()) options.log(kept); }
   });
   undo.push(async () => {
     for (const thread of threads) thread.abandon();
@@ -181,24 +178,24 @@ export function once<A extends unknown[]>(work: (...args: A) => void): (...args:
  * (the driver lets one in) or may not have set its owner yet. Where nobody makes it (an initramfs,
  * a container), root does.
  *
- * @param nodes gets the path if this process has made it.
+ * @param nodes gets it if this process has made it.
  */
 async function openCharDevice(
   control: Control,
   { id, flags }: DeviceInfo,
-  nodes: string[],
+  nodes: Nodes,
 ): Promise<number> {
-  const { dialect, shim } = control;
-  const path = dialect.charPath(id);
-  const sysfs = `/sys/class/${dialect.charClass}/${dialect.charName(id)}/dev`;
+  const { shim } = control;
+  const { char } = nodePlaces(control, id);
+  const { path, sysfs } = char;
   const retried: number[] = [ERRNO.ENOENT, ERRNO.EACCES, ERRNO.EBUSY, ERRNO.ENXIO];
-  removeStaleNode(path, sysfs);
+  removeStaleNode(char);
   const deadline = performance.now() + NODE_DEADLINE_MS;
   for (let pauseMs = 1;; pauseMs = Math.min(pauseMs * 2, 100)) {
     const fd = shim.open(path, O_RDWR);
     if (fd >= 0) return fd;
-    if (fd === -ERRNO.ENOENT && pauseMs === 100 && nodes.length === 0) {
-      makeNode(shim, path, S_IFCHR, sysfs, nodes);
+    if (fd === -ERRNO.ENOENT && pauseMs === 100 && nodes.paths.length === 0) {
+      nodes.make(shim, char);
     }
     if (!retried.includes(-fd) || performance.now() > deadline) {
       const late = `in ${NODE_DEADLINE_MS / 1000} s`;
@@ -232,40 +229,17 @@ export async function accessible(path: string): Promise<void> {
   }
 }
 
-/** Makes a device node from the numbers in sysfs, if permitted. */
-export function makeNode(
-  shim: Shim,
-  path: string,
-  type: number,
-  sysfs: string,
-  nodes: string[],
-): void {
-  const [major, minor] = numbersIn(sysfs);
-  if (minor === undefined) return; // No sysfs: what was tried before fails with its own message.
-  const name = new TextEncoder().encode(`${path}\0`);
-  if (shim.native.ubd_mknod(name, type | 0o600, major!, minor) === 0) nodes.push(path);
-}
-
-/**
- * Where nobody but ubd makes nodes, one may be left of an earlier device, with numbers that are
- * another disk's by now. What is no device node, somebody else has put there: it stays.
- */
-export function removeStaleNode(path: string, sysfs: string): void {
-  const stats = lstatSync(path, { throwIfNoEntry: false });
-  if (!stats || !(stats.isBlockDevice() || stats.isCharacterDevice())) return;
-  const [major, minor] = numbersIn(sysfs);
-  if (minor === undefined) return;
-  // As in shim.zig: 12 bits of the one around 20 of the other. The result has 32.
-  const number = (minor & 0xff) + major! * 2 ** 8 + (minor >> 8) * 2 ** 20;
-  if (stats.rdev === number) return;
-  try {
-    rmSync(path);
-  } catch { /* not permitted: who opens it will see */ }
-}
-
-function numbersIn(sysfs: string): number[] {
-  const numbers = contents(sysfs).trim();
-  return numbers ? numbers.split(":").map(Number) : [];
+/** Where the nodes of a device are, by their names. */
+export function nodePlaces(
+  { dialect }: Control,
+  id: number,
+): { char: NodePlace; block: NodePlace } {
+  const charSysfs = `/sys/class/${dialect.charClass}/${dialect.charName(id)}/dev`;
+  const blockSysfs = `/sys/block/${dialect.blockName(id)}/dev`;
+  return {
+    char: { path: dialect.charPath(id), type: S_IFCHR, sysfs: charSysfs },
+    block: { path: dialect.blockPath(id), type: S_IFBLK, sysfs: blockSysfs },
+  };
 }
 
 /** The machine's page size in bytes: AT_PAGESZ of the auxiliary vector. */

@@ -25,19 +25,18 @@ import {
 import {
   accessible,
   attach,
-  makeNode,
+  nodePlaces,
   once,
   type QueueFacts,
   type Queues,
   type RecoverOptions,
-  removeStaleNode,
-  S_IFBLK,
   unwinding,
 } from "./attach.ts";
 import { checkpoint } from "./checkpoint.ts";
 import { type Control, lackError } from "./control.ts";
 import { chooseDataMode, type DataWish, notesOf, zeroCopyOf } from "./data_mode.ts";
 import { ignoring, UblkError, UsageError } from "./error.ts";
+import { removeStaleNode } from "./nodes.ts";
 import { refuseOtherLimits, toParams } from "./params.ts";
 import type { QueueThread } from "./queue_thread.ts";
 import { DEVICE_ID_MAX } from "./size.ts";
@@ -110,7 +109,7 @@ export class Device {
     this.info = info;
     this.queues = queues;
     this.notes = notes;
-    this.nodes = nodes;
+    this.nodes = nodes.paths;
     this.ended = ended;
     this.#threads = threads;
     this.#release = once(release);
@@ -220,7 +219,12 @@ export class Device {
       });
       await queues.during("END_USER_RECOVERY", control.endUserRecovery(id, process.pid));
       checkpoint("recovered");
-      queues.nodes.push(...(options.nodes ?? []).filter((node) => !queues.nodes.includes(node)));
+      const { char, block } = nodePlaces(control, id);
+      for (const path of queues.nodes.adopt(options.nodes ?? [], [char, block])) {
+        options.log(
+          `${path} stays: the state file of device ${id} has it, but it is none of its nodes`,
+        );
+      }
       return await Device.#live(control, id, queues, notes, options);
     });
   }
@@ -262,12 +266,10 @@ export class Device {
     notes: readonly string[],
     options: RecoverOptions,
   ): Promise<Device> {
-    const { dialect, shim } = control;
-    const blockPath = dialect.blockPath(id);
-    const sysfs = `/sys/block/${dialect.blockName(id)}/dev`;
-    removeStaleNode(blockPath, sysfs);
-    if (!existsSync(blockPath)) makeNode(shim, blockPath, S_IFBLK, sysfs, queues.nodes);
-    if (control.isUnprivileged(id)) await accessible(blockPath);
+    const { block } = nodePlaces(control, id);
+    removeStaleNode(block);
+    if (!existsSync(block.path)) queues.nodes.make(control.shim, block);
+    if (control.isUnprivileged(id)) await accessible(block.path);
     const info = await control.getDeviceInfo(id); // The kernel changes flags silently.
     return new Device(control, info, queues.facts, notes, queues, (staying) => {
       // The target first: whoever waits for the character device then finds everything durable.
