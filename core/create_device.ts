@@ -11,6 +11,7 @@ import {
   toDefinition,
 } from "./define_target.ts";
 import { DEPTH_DEFAULT, Device, QUEUES_DEFAULT } from "./device.ts";
+import { harmless } from "./log.ts";
 import { openHere } from "./queue_thread.ts";
 import type { DeviceStats } from "./stats.ts";
 import { printable } from "./text.ts";
@@ -72,7 +73,8 @@ export async function createDevice(
   target: Target | BlockDevice,
   options: CreateDeviceOptions = {},
 ): Promise<ServedDevice> {
-  const { log = logToConsole, stopOnSignals = true } = options;
+  const { stopOnSignals = true } = options;
+  const log = harmless(options.log ?? logToConsole);
   const definition = toDefinition(target, "This");
   const values = parseOptions(definition, options.options ?? {}, process.cwd());
   const control = await Control.open();

@@ -13,7 +13,8 @@
  * Invariants, each asserted: a tag is free → fetched → serving → fetched … → retired, with
  * registering before and unregistering after serving where the queue does that; a request
  * gets exactly one commit; a tag has at most one SQE in flight (its io command or one file
- * operation), so commands and events never exceed depth + 1.
+ * operation), so commands and events never exceed depth + 1. Whoever throws with an operation in
+ * flight is answered for when that has ended: until then it uses the tag's memory.
  *
  * Abort: when the device stops, the driver first waits for requests being served, then answers
  * each waiting FETCH with -ENODEV. So a tag retires only after its last commit, and the loop ends
@@ -66,6 +67,10 @@ const REGISTERING = 4;
 const UNREGISTERING = 5;
 /** Serving a request whose buffer this queue has registered, and unregisters. */
 const SERVING_REGISTERED = 6;
+/** With SERVING and SERVING_REGISTERED: a file operation is in flight for the request. */
+const IN_FLIGHT = 8;
+/** With that: the request is answered with EIO when the operation has ended. */
+const FAILED = 16;
 
 const DESCRIPTOR_WORDS = 6;
 assert(DESCRIPTOR_WORDS * 4 === UBLKSRV_IO_DESC.size, "a descriptor has another size");
@@ -224,7 +229,10 @@ export class Queue implements Disposable {
 
   /** The first half of a commit where this queue has registered the buffer. */
   private unregister(tag: number, result: number): void {
-    assert(this.states[tag] === SERVING_REGISTERED, "commit of a tag that serves no request");
+    assert(
+      this.states[tag] === SERVING_REGISTERED,
+      "commit of a tag that serves no request, or has an operation",
+    );
     this.results[tag] = result;
     this.states[tag] = UNREGISTERING;
     this.command(COMMAND_UNREGISTER, tag, 0);
@@ -241,9 +249,8 @@ export class Queue implements Disposable {
     this.refusing = true;
     this.descriptors = this.descriptors.slice();
     for (let tag = 0; tag < this.depth; tag++) {
-      if (!this.isServing(tag)) continue;
-      if (this.copies) this.renewData(tag);
-      this.commit(tag, -ERRNO.EIO);
+      if (this.copies && this.isServing(tag)) this.renewData(tag);
+      this.fail(tag);
     }
   }
 
@@ -288,6 +295,8 @@ export class Queue implements Disposable {
     bytes: number,
     fileOffset: number,
   ): void {
+    assert(this.isServing(tag), "an operation for a tag that serves no request, or has one");
+    this.states[tag]! |= IN_FLIGHT;
     const at = this.command(op, tag, fd);
     this.commandWords[at * COMMAND_WORDS + 2] = flags;
     this.commandWords[at * COMMAND_WORDS + 3] = bufferOffset;
@@ -401,8 +410,10 @@ export class Queue implements Disposable {
         if (kind !== EVENT_REQUEST) {
           const result = this.eventWords[index * EVENT_WORDS + 1]!;
           if (kind === EVENT_FILE) {
-            if (this.states[tag] === SERVING) handler.resume!(this, tag, result);
-            else this.completed(tag, result, handler);
+            if (this.states[tag] === (SERVING | IN_FLIGHT)) {
+              this.states[tag] = SERVING;
+              handler.resume!(this, tag, result);
+            } else this.completed(tag, result, handler);
           } else this.refused(tag, result);
         } else if (this.states[tag] !== FETCHED) {
           throw new AssertionError("request on a tag that was not fetched");
@@ -418,8 +429,8 @@ export class Queue implements Disposable {
           this.break(error);
           continue;
         }
+        this.fail(tag);
         failed(error);
-        if (this.isServing(tag)) this.commit(tag, -ERRNO.EIO);
       }
     }
     return events;
@@ -437,9 +448,16 @@ export class Queue implements Disposable {
     if (result !== -ERRNO.ENODEV) throw UblkError.from(result, "FETCH a request");
   }
 
-  /** For a tag with a registered buffer: a file operation has ended, or what registers it has. */
+  /** Answers what the tag serves, if anything, with EIO: now, or when its operation has ended. */
+  private fail(tag: number): void {
+    if (this.isServing(tag)) this.commit(tag, -ERRNO.EIO);
+    else if ((this.states[tag]! & IN_FLIGHT) !== 0) this.states[tag]! |= FAILED;
+  }
+
+  /** A file operation has ended whose tag has a registered buffer or has failed, or what registers. */
   private completed(tag: number, result: number, handler: RequestHandler): void {
-    switch (this.states[tag]) {
+    const state = this.states[tag]!;
+    switch (state) {
       case REGISTERING:
         this.states[tag] = result < 0 ? SERVING : SERVING_REGISTERED;
         if (result < 0) this.commit(tag, result);
@@ -452,11 +470,14 @@ export class Queue implements Disposable {
         this.command(COMMAND_COMMIT, tag, this.results[tag]!);
         break;
       default:
-        assert(this.isServing(tag), "completion for a tag that serves no request");
-        handler.resume!(this, tag, result);
+        assert((state & IN_FLIGHT) !== 0, "completion for a tag that has no operation in flight");
+        this.states[tag] = state & ~(IN_FLIGHT | FAILED);
+        if ((state & FAILED) !== 0) this.commit(tag, -ERRNO.EIO);
+        else handler.resume!(this, tag, result);
     }
   }
 
+  /** And has no operation in flight. */
   private isServing(tag: number): boolean {
     return this.states[tag] === SERVING || this.states[tag] === SERVING_REGISTERED;
   }

@@ -18,6 +18,7 @@ import { URL } from "node:url";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { type QueueConfig, Shim } from "../ffi/mod.ts";
 import { fromPlainError, type PlainError, toPlainError, UblkError } from "./error.ts";
+import { describeThrown, limited, type Log } from "./log.ts";
 import { Queue, SECTOR_BYTES } from "./queue.ts";
 import { emptyStats } from "./stats.ts";
 import type {
@@ -27,8 +28,6 @@ import type {
   ServedTarget,
   TargetDescription,
 } from "./target.ts";
-
-type Log = (text: string) => void;
 
 /** What a thread needs to open its target: `prepare` of targets/mod.ts knows both. */
 export interface TargetName {
@@ -186,7 +185,7 @@ export async function openInThread(
 
 /** Serves a target on this thread's event loop, with any number of queues. */
 export function openHere(target: ServedTarget, shim: Shim, logAny: Log): OpenTarget {
-  const log = sayingOnce(logAny);
+  const log = limited(logAny);
   let serving = 0;
   let closed: Promise<void> | undefined;
   const close = () => closed ??= (async () => await target.close?.())();
@@ -243,22 +242,8 @@ function serveContext({ depth, ioBytesMax, blockName }: Assignment, log: Log): S
   return { depth, ioBytesMax, log, deviceBytes: () => blockDeviceBytes(blockName) };
 }
 
-/** How many different texts are kept in mind: some tell an offset. */
-const SAID_MAX = 1000;
-
-/** Drops what it has said before. */
-function sayingOnce(log: Log): Log {
-  const said = new Set<string>();
-  return (text) => {
-    if (said.has(text)) return;
-    if (said.size >= SAID_MAX) said.clear();
-    said.add(text);
-    log(text);
-  };
-}
-
 const logFailure = (log: Log) => (error: unknown) =>
-  log(`the target failed: ${(error as Error)?.stack ?? error}`);
+  log(`the target failed: ${describeThrown(error)}`);
 
 /** Whether this thread was made by `startQueueThread`. */
 export const isQueueThread: boolean = !isMainThread &&
@@ -270,7 +255,7 @@ export async function runQueueThread(
 ): Promise<void> {
   const { shimPath, target, orders, stats } = workerData as WorkerData;
   const send = (message: Message) => parentPort!.postMessage(message);
-  const log = sayingOnce((text) => send({ type: "log", text }));
+  const log = limited((text) => send({ type: "log", text }));
   try {
     const told = new Promise<Assignment | undefined>((resolve) =>
       parentPort!.once("message", resolve)

@@ -111,7 +111,7 @@ export interface OpenContext {
 export interface ServeContext {
   readonly depth: number;
   readonly ioBytesMax: number;
-  /** Reports to the operator. Repeated texts are dropped. */
+  /** Reports to the operator, as `limited` of core/log.ts lets it. */
   readonly log: (message: string) => void;
   /**
    * The device's size as the kernel has it now, since `ubd resize` does not ask the server;

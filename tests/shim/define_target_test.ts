@@ -10,13 +10,18 @@ import { Buffer } from "node:buffer";
 import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import fc from "fast-check";
+import { UBLK_IO_OP_READ } from "../../abi/ublk_cmd.ts";
 import {
   type BlockDevice,
   defineTarget,
+  MARK,
+  openDefinition,
   type ReadRequest,
   type WriteRequest,
 } from "../../core/define_target.ts";
 import { UsageError } from "../../core/error.ts";
+import { openHere } from "../../core/queue_thread.ts";
+import { PlayedDriver } from "../../testing/driver.ts";
 import { checkAgainstModel, openForTesting, RequestError } from "../../testing/mod.ts";
 
 const SIZE = 1024 ** 2;
@@ -96,6 +101,31 @@ for (const [name, [bad, code, logged]] of Object.entries(MISDEEDS)) {
     assert.ok(device.log.length === 1 || /oops|ERR_X/.test(name), device.log.join("\n"));
   });
 }
+
+test("a log that throws or rejects breaks neither the queue nor the device", async () => {
+  const read = ({ offset }: ReadRequest) => {
+    if (offset === 0) throw new Error("oops");
+    if (offset === 512) return Promise.reject(new Error("oops"));
+    if (offset === 1024) return new Promise<void>(() => {});
+  };
+  const device: BlockDevice = { size: SIZE, timeoutMs: 20, read };
+  for (const bad of [thrown(new Error("full")), () => Promise.reject(new Error("full"))]) {
+    const driver = new PlayedDriver();
+    const log = () => bad() as unknown as void;
+    const served = await openDefinition(defineTarget(device)[MARK], {}, undefined, log);
+    const thread = openHere(served, driver, log).startThread!(0);
+    const wakeFd = driver.native.ubd_eventfd(0);
+    await thread.serve({ ...driver.config(0, 2, 4096, wakeFd), blockName: "none" });
+    for (const [offset, code] of [[0, "EIO"], [512, "EIO"], [1024, "ETIMEDOUT"]] as const) {
+      const reading = driver.submit(UBLK_IO_OP_READ, 0, offset, 512, new Uint8Array(512));
+      await assert.rejects(reading, { code });
+    }
+    await driver.submit(UBLK_IO_OP_READ, 0, 4096, 512, new Uint8Array(512));
+    driver.stop();
+    await thread.ended;
+    driver.native.ubd_close(wakeFd);
+  }
+});
 
 test("a handler whose promise resolves twice answers once", async () => {
   const twice = {

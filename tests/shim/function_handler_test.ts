@@ -167,6 +167,44 @@ test("a queue that has failed refuses, and no late function gets at another requ
   assert.deepEqual([told, requests.length, set.log], [[planted], 4, []]);
 });
 
+/** Until it has turned no more for a while: then it sleeps. */
+async function asleep(set: ReturnType<typeof setUp>): Promise<void> {
+  for (let before = -1; before !== set.steps();) {
+    before = set.steps();
+    await sleep(20);
+  }
+}
+
+test("break wakes a queue that sleeps", async () => {
+  using set = setUp({ size: 4096, read: () => new Promise(() => {}) }, 2);
+  const running = set.queue.runOnEventLoop(set.handler, () => true, fail);
+  await asleep(set);
+  const planted = new Error("planted");
+  set.queue.break(planted);
+  const late = sleep(10_000, "it sleeps on", { ref: false });
+  await assert.rejects(Promise.race([running, late]), planted);
+});
+
+test("each promise is given up in its time: also one that began when others had", async () => {
+  // One never settles; another begins, as late as that, once one has been answered.
+  const answers = [() => new Promise<void>(() => {}), () => sleep(30), () => new Promise(() => {})];
+  const committed: [number, number][] = [];
+  const read = () => answers.shift()?.() as Promise<void> | undefined; // Later ones need no timer.
+  const device: BlockDevice = { size: 4096, timeoutMs: 60, read };
+  using set = setUp(device, 2);
+  const commit = set.queue.commit.bind(set.queue);
+  set.queue.commit = (tag, result) => {
+    committed.push([tag, result]);
+    if (committed.filter(([, one]) => one < 0).length < 2) return commit(tag, result);
+    set.leave();
+  };
+  const running = set.queue.runOnEventLoop(set.handler, () => true, fail);
+  const late = sleep(10_000, "it is not given up", { ref: false });
+  assert.equal(await Promise.race([running, late]), undefined);
+  const failed = committed.filter(([, result]) => result < 0);
+  assert.deepEqual(failed.map(([, result]) => result), [-ERRNO.ETIMEDOUT, -ERRNO.ETIMEDOUT]);
+});
+
 test("what settles after the queue has ended touches nothing of it", async () => {
   const settle: (() => void)[] = [];
   const requests: ReadRequest[] = [];

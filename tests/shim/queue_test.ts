@@ -330,6 +330,70 @@ test("Queue.run reports a handler that throws after its commit, and commits no s
   assert.strictEqual(set.failures.length, 3);
 });
 
+test("Queue asserts at once that a request has one operation, and no commit beside it", () => {
+  const misdeeds: [string, (queue: Queue, tag: number, fd: number) => void][] = [
+    ["two operations", (queue, tag, fd) => queue.read(tag, fd, 0, 512, 0)],
+    ["two of different sorts", (queue, tag, fd) => queue.fsync(tag, fd, 0)],
+    ["a commit", (queue, tag) => queue.commit(tag, 512)],
+  ];
+  for (const zeroCopy of [undefined, REGISTERED]) {
+    for (const [name, misdeed] of misdeeds) {
+      const spy = new SpyShim();
+      using set = setUp(spy, 1, zeroCopy);
+      const zero = spy.open("/dev/zero", 0);
+      spy.describe(0, UBLK_IO_OP_READ, 8);
+      let tried = 0;
+      set.run({
+        handle(queue, tag) {
+          queue.read(tag, zero, 0, 4096, 0);
+          assert.throws(() => misdeed(queue, tag, zero), AssertionError, name);
+          assert.throws(() => queue.read(1, zero, 0, 512, 0), AssertionError, "a tag that is not");
+          tried++;
+          set.wake();
+        },
+        resume: (queue, tag, result) => queue.commit(tag, result),
+      });
+      assert.ok(tried > 0);
+      assert.deepStrictEqual(set.failures, []);
+      assert.ok(spy.commits.every(([, result]) => result === 4096), name);
+      spy.native.ubd_close(zero);
+    }
+  }
+  using idle = setUp(new SpyShim(), 1);
+  assert.throws(() => idle.queue.fsync(0, 0, 0), AssertionError, "before the first request");
+});
+
+test("a handler that throws with an operation in flight: EIO once that has ended", () => {
+  for (const zeroCopy of [undefined, REGISTERED]) {
+    const spy = new SpyShim();
+    using set = setUp(spy, 1, zeroCopy);
+    const zero = spy.open("/dev/zero", 0);
+    spy.describe(0, UBLK_IO_OP_READ, 8);
+    const order: string[] = [];
+    spy.onEvent = ({ kind }) => {
+      if (kind === EVENT_FILE) order.push("ended");
+    };
+    let begun = 0;
+    set.run({
+      handle(queue, tag) {
+        if (begun++ === 1) return set.wake();
+        queue.read(tag, zero, 0, 4096, 0);
+        order.push("thrown");
+        throw new Error("after it was issued");
+      },
+      resume: () => assert.fail("it has failed"),
+    });
+    const registering = zeroCopy ? ["ended"] : [];
+    assert.deepStrictEqual(order.slice(0, -registering.length || undefined), [
+      ...[...registering, "thrown", "ended"],
+      ...registering, // Taken out again.
+    ]);
+    assert.deepStrictEqual(spy.commits, [[0, -EIO]]);
+    assert.match(`${set.failures}`, /after it was issued/);
+    spy.native.ubd_close(zero);
+  }
+});
+
 test("Queue.run leaves when woken() is true, and asks again at the next wake-up when not", () => {
   const spy = new SpyShim();
   using set = setUp(spy, 1);
