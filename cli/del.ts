@@ -13,6 +13,7 @@ import { ignoring, UblkError, UsageError } from "../core/error.ts";
 import { readState, removeState } from "../core/state.ts";
 import { charDeviceOpeners, deviceUsers } from "../core/users.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
+import { deviceLogRemover } from "./device_log.ts";
 import { reportFailure, toFailure } from "./exit.ts";
 import { printJson } from "./output.ts";
 import { STOPPING_SIGNAL } from "./start_server.ts";
@@ -109,6 +110,7 @@ export async function deleteDevice(
   const pid = state === UBLK_S_DEV_LIVE ? lastPid : -1;
   if (!force) await refuseUsed(control, id);
   const statePid = readState(id)?.pid;
+  const forgetLog = deviceLogRemover(id);
   const canTry = ((control.features ?? 0n) & UBLK_F_SAFE_STOP_DEV) !== 0n;
   const tried = ifUnused && canTry && state !== UBLK_S_DEV_DEAD;
   if (tried) await stopUnused(control, id);
@@ -125,6 +127,7 @@ export async function deleteDevice(
   await ignoring(["ENODEV"], deleting);
   checkpoint("deleted");
   if (statePid !== undefined) removeState(id, statePid);
+  forgetLog();
   if (lazy) return;
   const deadline = performance.now() + SERVER_EXIT_DEADLINE_MS;
   while (pid > 0 && existsSync(`/proc/${pid}`) && performance.now() < deadline) await sleep(5);

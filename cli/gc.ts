@@ -127,13 +127,13 @@ async function abandoned(control: Control, id: number): Promise<Leftover | undef
 }
 
 /**
- * State files without a device, and those that a killed process was about to write. Other names in
- * the directory are none of ours, such as 007.json.
+ * State files and logs without a device, and those that a killed process was about to write. Other
+ * names in the directory are none of ours, such as 007.json.
  */
 export function staleFiles(devices: readonly number[]): (Leftover & { file: string })[] {
   return stateNames().flatMap((name) => {
-    const [, id] = /^(0|[1-9]\d*)\.json$/.exec(name) ?? [];
-    const [, writer] = /^\.\d+\.(\d+)$/.exec(name) ?? [];
+    const [, id] = /^(0|[1-9]\d*)\.(?:json|log)$/.exec(name) ?? [];
+    const [, writer] = /^\.(?:\d+|log)\.(\d+)$/.exec(name) ?? [];
     const file = join(stateDirectory(), name);
     if (id !== undefined && !devices.includes(Number(id))) {
       return [{ file, why: `there is no device ${id}`, needs: [] }];

@@ -15,6 +15,11 @@ export function printJson(value: unknown, space?: number): void {
   print(`${JSON.stringify(value, plain, space)}\n`);
 }
 
+/** What others have printed, on standard error. */
+export function passOn(text: string): void {
+  process.stderr.write(printable(text.endsWith("\n") ? text : `${text}\n`));
+}
+
 /** What a person should know, on standard error. */
 export function tell(text: string): void {
   process.stderr.write(printable(`ubd: ${text}\n`));

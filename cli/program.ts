@@ -17,6 +17,7 @@ import { EXIT, EXIT_MEANINGS, reportFailure, toFailure, VERB_EXIT_MEANINGS } fro
 import { defineGc } from "./gc.ts";
 import { defineList } from "./list.ts";
 import { print, printJson, tell } from "./output.ts";
+import { defineLog } from "./log.ts";
 import { defineQuiesce, defineUpgrade } from "./quiesce.ts";
 import { defineRecover } from "./recover.ts";
 import { defineResize } from "./resize.ts";
@@ -42,6 +43,7 @@ function defineProgram(): Command {
   defineGc(program);
   defineSetAffinity(program);
   defineList(program);
+  defineLog(program);
   defineDoctor(program);
   defineUdev(program);
   program.command("version")

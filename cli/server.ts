@@ -35,16 +35,17 @@ import { findTarget, isDefined } from "../targets/mod.ts";
 import type { ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
+import { boundDeviceLog, deviceLogRemover, nameDeviceLog } from "./device_log.ts";
 import { EXIT, toFailure } from "./exit.ts";
+import { createServerLog, type ServerLog } from "./server_log.ts";
 import { specOf } from "./spec.ts";
 import {
-  type Answer,
+  answer,
   interruption,
   isSupervisor,
   LEASHED,
   linesOf,
   type Live,
-  logToKernel,
   type RecoveryMode,
   type ServerSpec,
   STOPPING_SIGNAL,
@@ -67,7 +68,7 @@ const USERS_PAUSE_MS = 500;
 
 export interface ServeOptions {
   daemon: boolean;
-  log: (text: string) => void;
+  log: ServerLog;
   /** The device exists in the driver. */
   onAdded: (id: number) => void;
   /** It is LIVE and its state file written. */
@@ -167,6 +168,7 @@ export async function serve(
   }
   try {
     onLive({ id, path: device.path, notes });
+    const forgetLog = daemon ? deviceLogRemover(id) : () => {};
     if (accepted) accepted.then(() => ours = true);
     else ours = true;
     const { dialect } = control;
@@ -176,13 +178,15 @@ export async function serve(
     const quiesced = end !== "signal" && await device.isQuiesced();
     if (end === "signal") await device.stop();
     else device.letGo(quiesced);
-    // The next server needs it.
-    if (!quiesced) removeState(id, process.pid);
+    if (!quiesced) { // The next server needs both.
+      removeState(id, process.pid);
+      forgetLog();
+    }
     await device.ended;
   } catch (error) {
     // The driver must not wait for a server that cannot go on: this process ends, and with it
     // every request fails, or waits for the next server, which needs the state.
-    log(`device ${id} is no longer served: ${(error as Error).message}`);
+    log(`device ${id} is no longer served: ${(error as Error).message}`, true);
     if (!spec.recovery) removeState(id, process.pid);
     throw error;
   }
@@ -323,25 +327,26 @@ export async function runServer(): Promise<number> {
   if (line === undefined) return EXIT.INTERRUPTED; // The caller died first.
   const letGo = input.next().then(() => {}, () => {}); // Nothing more is ever written.
   const spec = JSON.parse(line) as ServerSpec;
-  const answer = (message: Answer) => process.stdout.write(`${JSON.stringify(message)}\n`);
-  // The caller is gone once it has its answer; what it left open must not end this process.
-  process.stdout.on("error", () => {});
-  process.stderr.on("error", () => {});
+  const shim = new Shim();
+  shim.native.ubd_close_on_exec(); // What a module starts has no business with the answers.
+  const log = createServerLog(boundDeviceLog(shim, isDefined(spec.target.name)));
   try {
-    if (isSupervisor(spec)) return await supervise(spec, answer);
+    if (isSupervisor(spec)) return await supervise(spec, log);
     await serve(spec, {
       daemon: true,
-      log: logToKernel,
+      log,
       onAdded: (id) => answer({ type: "added", id }),
       onLive: (live) => {
+        nameDeviceLog(live.id);
         const [, , , callersNamespace = ""] = process.argv;
         if (!hasOwnMounts(callersNamespace)) {
-          logToKernel(
+          log(
             `device ${live.id}: its server shares the mounts of who started it; ` +
               `unmount ${live.path} there before it ends`,
+            true,
           );
         } else if (!isDefined(spec.target.name)) {
-          detachMounts(new Shim());
+          detachMounts(shim);
         }
         answer({ type: "live", live });
       },

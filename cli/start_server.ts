@@ -4,9 +4,12 @@
  * other.
  *
  * `startServer` runs this program again, detached: own session, own mounts (core/isolation.ts),
- * `/` as working directory, no inherited descriptors. The spec goes in on standard input, and
- * answers come back on standard output, one JSON object a line: the device's id once it exists,
- * then `live` or `failed`. A server that dies in between leaves a device, which the caller deletes.
+ * `/` as working directory, and of descriptors these alone:
+ * - 0: the spec goes in, one line of JSON;
+ * - 1 and 2: the device's log (cli/device_log.ts), whoever prints there;
+ * - 3: answers come back, one JSON object a line: the device's id once it exists, then `live` or
+ *   `failed`. What else is written there is an error, and ends the server.
+ * A server that dies in between leaves a device, which the caller deletes.
  * A caller that has heard `live` ends standard input: until then, to interrupt a server that takes
  * a device over is to leave the device waiting.
  *
@@ -16,7 +19,7 @@
  */
 
 import { type ChildProcess, spawn } from "node:child_process";
-import { writeFileSync } from "node:fs";
+import { closeSync, writeSync } from "node:fs";
 import process from "node:process";
 import type { Readable, Writable } from "node:stream";
 import { Control } from "../core/control.ts";
@@ -26,8 +29,9 @@ import { UblkError } from "../core/error.ts";
 import { asFlusher, inPrivateMounts, mountNamespace } from "../core/isolation.ts";
 import { rerunArguments, restfulEnvironment, Shim } from "../ffi/mod.ts";
 import { readState, removeState } from "../core/state.ts";
-import { printable } from "../core/text.ts";
+import { dropDeviceLog, openDeviceLog, readLog } from "./device_log.ts";
 import { EXIT, type Failure, ReportedError } from "./exit.ts";
+import { passOn } from "./output.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
@@ -93,12 +97,34 @@ export async function* linesOf(stream: Readable): AsyncGenerator<string, undefin
   }
 }
 
-/** A daemon has no terminal; the kernel's log is where people look after a disk misbehaves. */
-export function logToKernel(message: string): void {
+/** Where a server answers: no file that a module prints to. */
+const ANSWERS_FD = 3;
+
+/** Tells whoever started this server, unless that one is gone. */
+export function answer(message: Answer): void {
   try {
-    const line = `ubd[${process.pid}]: ${printable(message).replaceAll("\n", " | ")}\n`;
-    writeFileSync("/dev/kmsg", line, { flag: "r+" }); // A container's /dev may have none: make none.
-  } catch { /* no permission: nobody to tell */ }
+    writeSync(ANSWERS_FD, `${JSON.stringify(message)}\n`);
+  } catch { /* nobody reads */ }
+}
+
+/** @throws {UblkError} EPROTO: it is no answer of this version's. */
+export function parseAnswer(line: string): Answer {
+  try {
+    const message = JSON.parse(line) as Partial<Record<string, unknown>> | null;
+    if (message?.type === "added" && Number.isInteger(message.id)) return message as Answer;
+    if (message?.type === "live" && isObject(message.live)) return message as Answer;
+    if (message?.type === "failed" && isObject(message.failure)) return message as Answer;
+  } catch { /* no JSON */ }
+  throw new UblkError({
+    errno: "EPROTO",
+    operation: "start the server",
+    hint: `it said ${JSON.stringify(line.slice(0, 200))}, which is no answer of this version's: ` +
+      "was ubd replaced meanwhile, or does the target write to descriptor 3?",
+  });
+}
+
+function isObject(value: unknown): boolean {
+  return typeof value === "object" && value !== null;
 }
 
 /**
@@ -111,14 +137,31 @@ export async function startServer(
   spec: ServerSpec,
   hold?: (leash: Writable) => void,
 ): Promise<Live> {
-  const { live, child } = await spawnServer(spec, () => {}, hold);
-  child.unref();
-  return live;
+  const log = openDeviceLog(spec.recover);
+  const { end } = readLog(log);
+  try {
+    const { live, child } = await spawnServer(spec, log, () => {}, hold);
+    child.unref();
+    return live;
+  } catch (error) {
+    const { text } = readLog(log, end);
+    if (text) passOn(text);
+    if (spec.recover === undefined) dropDeviceLog(log);
+    throw error;
+  } finally {
+    closeSync(log);
+  }
 }
 
-/** As startServer, for a caller that stays. @param onAdded told of a new device's id. */
+/**
+ * As startServer, for a caller that stays.
+ *
+ * @param log a descriptor, of openDeviceLog, or that the caller has for itself.
+ * @param onAdded told of a new device's id.
+ */
 export async function spawnServer(
   spec: ServerSpec,
+  log: number,
   onAdded: (id: number) => void,
   hold?: (leash: Writable) => void,
 ): Promise<{ live: Live; child: ChildProcess }> {
@@ -134,7 +177,7 @@ export async function spawnServer(
       detached: true,
       cwd: "/",
       env: { ...process.env, ...restfulEnvironment },
-      stdio: ["pipe", "pipe", "pipe"],
+      stdio: ["pipe", log, log, "pipe"],
     });
   // A supervisor serves nothing, so nothing waits for it; the servers it starts need to find
   // their files, and a copy of the mounts would keep what others have unmounted.
@@ -147,11 +190,12 @@ export async function spawnServer(
   process.on("SIGINT", interrupt);
   process.on("SIGTERM", interrupt);
 
-  let complaint = "";
-  child.stderr.on("data", (data) => complaint = `${complaint}${data}`.slice(-2000));
-  child.stdin.on("error", () => {});
-  child.stdin.write(`${JSON.stringify(spec)}\n`);
-  hold?.(child.stdin);
+  const { stdin } = child;
+  if (!stdin) throw new Error("the server has no standard input");
+  const answers = child.stdio[ANSWERS_FD] as Readable;
+  stdin.on("error", () => {});
+  stdin.write(`${JSON.stringify(spec)}\n`);
+  hold?.(stdin);
 
   let added: number | undefined;
   const died = Promise.withResolvers<undefined>();
@@ -162,8 +206,8 @@ export async function spawnServer(
     ));
   child.on("exit", () => died.resolve(undefined));
   const answered = (async () => {
-    for await (const line of linesOf(child.stdout)) {
-      const message = JSON.parse(line) as Answer;
+    for await (const line of linesOf(answers)) {
+      const message = parseAnswer(line);
       if (message.type !== "added") return message;
       added = message.id;
       onAdded(added);
@@ -172,11 +216,18 @@ export async function spawnServer(
   })();
   // One of them is awaited below; the other one may fail after that.
   for (const late of [answered, unstarted.promise]) late.catch(() => {});
-  const outcome = await Promise.race([answered, unstarted.promise]) ?? await died.promise;
+  let outcome: Answer | undefined;
+  let unknown: unknown;
+  try {
+    outcome = await Promise.race([answered, unstarted.promise]) ?? await died.promise;
+  } catch (error) {
+    if (child.pid === undefined) throw error;
+    unknown = error;
+    child.kill("SIGKILL"); // Nobody knows what it is doing.
+  }
   if (outcome?.type === "live" && !interrupted) {
-    if (!hold) child.stdin.end(); // It knows by this that its answer has come.
-    child.stdout.destroy();
-    child.stderr.destroy();
+    if (!hold) stdin.end(); // It knows by this that its answer has come.
+    answers.destroy();
     process.off("SIGINT", interrupt);
     process.off("SIGTERM", interrupt);
     return { live: outcome.live, child };
@@ -186,11 +237,11 @@ export async function spawnServer(
   if (outcome === undefined && added !== undefined) await deleteLeftover(added);
   if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
   if (interrupted) throw interruption(spec.recover);
+  if (unknown !== undefined) throw unknown;
   throw new UblkError({
     errno: "ECANCELED",
     operation: "start the server",
-    hint: `the server ended with ${child.signalCode ?? `code ${child.exitCode}`}` +
-      (complaint ? `: ${complaint.trim()}` : ""),
+    hint: `the server ended with ${child.signalCode ?? `code ${child.exitCode}`}`,
   });
 }
 

@@ -16,13 +16,9 @@ import { harden } from "../core/isolation.ts";
 import { readState } from "../core/state.ts";
 import { Shim } from "../ffi/mod.ts";
 import { EXIT } from "./exit.ts";
-import {
-  type Answer,
-  deleteLeftover,
-  logToKernel,
-  type ServerSpec,
-  spawnServer,
-} from "./start_server.ts";
+import { LOG_FD } from "./device_log.ts";
+import type { ServerLog } from "./server_log.ts";
+import { answer, deleteLeftover, type ServerSpec, spawnServer } from "./start_server.ts";
 import { surviveShutdown } from "./systemd.ts";
 
 /** New servers in a row that may die before the device is left alone. */
@@ -35,7 +31,7 @@ const PAUSE_MS = 100;
 /** @throws what kept the first server from becoming LIVE. @returns the exit code. */
 export async function supervise(
   spec: ServerSpec,
-  answer: (message: Answer) => void,
+  log: ServerLog,
 ): Promise<number> {
   // While there is no server, memory must be had without writing to its device.
   if (spec.rootStorage) surviveShutdown();
@@ -51,7 +47,7 @@ export async function supervise(
   }
   process.on("SIGHUP", () => {});
 
-  const first = await spawnServer(supervised, (id) => answer({ type: "added", id }));
+  const first = await spawnServer(supervised, LOG_FD, (id) => answer({ type: "added", id }));
   const { id } = first.live;
   answer({ type: "live", live: first.live });
 
@@ -64,13 +60,14 @@ export async function supervise(
       const end = await ended(child);
       child = undefined;
       if (end === 0) return EXIT.OK;
-      logToKernel(`server of device ${id} died (${end})`);
+      log(`server of device ${id} died (${end})`, true);
       if (performance.now() - started > STEADY_MS) deaths = 0;
     }
     if (deaths === DEATHS_MAX && !stop.signal.aborted) {
-      logToKernel(
+      log(
         `gives up device ${id} after ${deaths} new servers in a row: ubd recover -n ${id} tries ` +
           `again, ubd del -n ${id} deletes it`,
+        true,
       );
       return EXIT.FAILURE;
     }
@@ -82,8 +79,9 @@ export async function supervise(
       await deleteLeftover(id);
       return EXIT.OK;
     }
-    server = await spawnServer({ ...supervised, recover: id }, () => {}).catch((error) => {
-      logToKernel(`no new server for device ${id}: ${(error as Error).message}`);
+    const next = spawnServer({ ...supervised, recover: id }, LOG_FD, () => {});
+    server = await next.catch((error) => {
+      log(`no new server for device ${id}: ${(error as Error).message}`, true);
       return undefined;
     });
   }

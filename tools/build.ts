@@ -35,9 +35,10 @@ export async function build(): Promise<void> {
   bun(...EXECUTABLE, "cli/main.ts", "--outfile", "dist/ubd");
   // target=node keeps node: and bun: imports as they are, for both runtimes.
   const bundle = ["--target=node", "--external", "bun:ffi", ...USERS];
+  const tight = ["--minify-whitespace", "--minify-syntax"]; // A stack still has its names.
   bun(...bundle, "--minify", "cli/main.ts", "--outfile", "dist/cli.js");
-  bun(...bundle, "--minify-whitespace", "mod.ts", "--outfile", "dist/mod.js");
-  bun(...bundle, "--minify-whitespace", "testing/mod.ts", "--outfile", "dist/testing.js");
+  bun(...bundle, ...tight, "mod.ts", "--outfile", "dist/mod.js");
+  bun(...bundle, ...tight, "testing/mod.ts", "--outfile", "dist/testing.js");
   // Without its scripts: prepack is this very build.
   execFileSync("npm", ["pack", "--ignore-scripts", "--pack-destination", "dist"], {
     cwd: ROOT,

@@ -445,7 +445,7 @@ function traces(): string[] {
   return [
     ...list("/dev", /^ublk[bc]\d/),
     ...list(CHAR_CLASS, /^ublkc/),
-    ...list(STATE_DIRECTORY, /^\d+\.json$|^\.\d+\.\d+$/),
+    ...list(STATE_DIRECTORY, /^\d+\.(json|log)$|^\.(\d+|log)\.\d+$/),
     ...servers().map((pid) => `/proc/${pid}`),
   ];
 }

@@ -22,7 +22,7 @@ const driverSkip = hasDriver ? "the ublk driver is loaded" : false;
 
 const VERBS = [
   ...["add", "run", "del", "resize", "recover", "quiesce", "upgrade", "gc", "set_affinity"],
-  ...["list", "info", "features", "doctor", "udev", "version", "help"],
+  ...["list", "info", "features", "log", "doctor", "udev", "version", "help"],
 ];
 
 interface Outcome {
