@@ -46,6 +46,8 @@ export interface DeviceSpecAbi {
 
 export interface Dialect {
   readonly name: "ublk" | "ubd-v2";
+  /** The kernel module. */
+  readonly driver: "ublk_drv" | "ubd_drv";
   readonly controlPath: string;
   /** Name of the character devices' class under /sys/class. */
   readonly charClass: "ublk-char" | "ubd-char";
@@ -55,6 +57,14 @@ export interface Dialect {
   readonly hasParams: boolean;
   /** The driver can be told of a volatile cache, and so asks for FLUSH and FUA. */
   readonly hasVolatileCache: boolean;
+  /** A READ or WRITE that is answered with less than all of it: the driver asks for the rest. */
+  readonly asksForRest: boolean;
+  /**
+   * The driver itself refuses what a device is in no state for. Else the kernel may crash: by
+   * START_DEV or DEL_DEV of a device whose tags were never all fetched, and by any command for one
+   * that is deleted and still open.
+   */
+  readonly checksState: boolean;
   /** An ioctl-encoded form of the opcodes exists (in mainline since 6.4). */
   readonly hasIoctlEncoding: boolean;
   /** Device flags that mean something to the driver. */
@@ -71,7 +81,8 @@ export interface Dialect {
   packInfo(spec: DeviceSpecAbi): Uint8Array<ArrayBuffer>;
   /** @throws {RangeError} fewer than `infoSize` bytes. */
   unpackInfo(bytes: Uint8Array): DeviceInfo;
-  hasCommand(command: ControlCommand | IoCommand): boolean;
+  /** @param ioctl whether in the encoded form, as of `controlOpcode`. Default: in any. */
+  hasCommand(command: ControlCommand | IoCommand, ioctl?: boolean): boolean;
   /**
    * Opcode of a control command. `ioctl` asks for the encoded form, where the dialect has one.
    *
@@ -118,15 +129,20 @@ function checkFlags(dialect: Dialect, flags: bigint): bigint {
   return flags;
 }
 
-function opcode(
+type OpcodeTable = Readonly<Record<string, Opcodes>>;
+
+function findOpcode(
   dialect: Dialect,
-  table: Readonly<Record<string, Opcodes>>,
+  table: OpcodeTable,
   command: string,
   ioctl: boolean,
-): number {
+): number | undefined {
   const entry = Object.hasOwn(table, command) ? table[command] : undefined;
-  const encoded = ioctl && dialect.hasIoctlEncoding;
-  const number = encoded ? entry?.encoded : entry?.legacy;
+  return ioctl && dialect.hasIoctlEncoding ? entry?.encoded : entry?.legacy;
+}
+
+function opcode(dialect: Dialect, table: OpcodeTable, command: string, ioctl: boolean): number {
+  const number = findOpcode(dialect, table, command, ioctl);
   if (number === undefined) {
     const form = dialect.hasIoctlEncoding && !ioctl ? " in legacy form" : "";
     throw new RangeError(`Cannot encode ${command}: ${dialect.name} has no such command${form}`);
@@ -134,14 +150,24 @@ function opcode(
   return number;
 }
 
+function hasCommand(dialect: Dialect, table: OpcodeTable, command: string, ioctl?: boolean) {
+  if (ioctl === undefined) return Object.hasOwn(table, command);
+  return findOpcode(dialect, table, command, ioctl) !== undefined;
+}
+
+const UBLK_COMMANDS: OpcodeTable = { ...ublk.COMMANDS, ...ublk.IO_COMMANDS };
+
 /** The driver of mainline Linux, 6.0 and later. */
 export const UBLK: Dialect = {
   name: "ublk",
+  driver: "ublk_drv",
   controlPath: "/dev/ublk-control",
   charClass: "ublk-char",
   sqe128: false,
   hasParams: true,
   hasVolatileCache: true,
+  asksForRest: true,
+  checksState: true,
   hasIoctlEncoding: true,
   flagsMask: 0xffff_ffff_ffff_ffffn,
   depthMax: ublk.UBLK_MAX_QUEUE_DEPTH,
@@ -174,8 +200,7 @@ export const UBLK: Dialect = {
       ownerGid: info.owner_gid,
     };
   },
-  hasCommand: (command) =>
-    Object.hasOwn(ublk.COMMANDS, command) || Object.hasOwn(ublk.IO_COMMANDS, command),
+  hasCommand: (command, ioctl) => hasCommand(UBLK, UBLK_COMMANDS, command, ioctl),
   controlOpcode: (command, ioctl) => opcode(UBLK, ublk.COMMANDS, command, ioctl),
   ioOpcode: (command, ioctl) => opcode(UBLK, ublk.IO_COMMANDS, command, ioctl),
   // Kernels without d369735e02ef (November 2024) do not round: it matters with 64 KiB pages only.
@@ -200,16 +225,21 @@ const V2_IO_COMMANDS: Readonly<Partial<Record<IoCommand, Opcodes>>> = {
   COMMIT_REQ: { legacy: ubd.UBD_IO_COMMIT_REQ },
 };
 
+const V2_ALL_COMMANDS = { ...V2_COMMANDS, ...V2_IO_COMMANDS } as OpcodeTable;
+
 /** The driver of the V2 patch, where it is loaded. */
 export const UBD_V2: Dialect = {
   name: "ubd-v2",
+  driver: "ubd_drv",
   controlPath: "/dev/ubd-control",
   charClass: "ubd-char",
   sqe128: true,
   hasParams: false,
   hasVolatileCache: false,
+  asksForRest: false,
+  checksState: false,
   hasIoctlEncoding: false,
-  flagsMask: 1n << BigInt(ubd.UBD_F_SUPPORT_ZERO_COPY), // and the driver clears even this one
+  flagsMask: 0n, // The header has UBD_F_SUPPORT_ZERO_COPY, and the driver clears it.
   // The header says 4096, but the driver keeps a queue's bytes (about 100, and 24 for each tag) in
   // 16 bits, and finds queue 1 in the middle of queue 0 when that overflows.
   depthMax: 2048,
@@ -236,8 +266,7 @@ export const UBD_V2: Dialect = {
       sizeBytes: Number(info.dev_blocks) * info.block_size,
     };
   },
-  hasCommand: (command) =>
-    Object.hasOwn(V2_COMMANDS, command) || Object.hasOwn(V2_IO_COMMANDS, command),
+  hasCommand: (command, ioctl) => hasCommand(UBD_V2, V2_ALL_COMMANDS, command, ioctl),
   controlOpcode: (command, ioctl) => opcode(UBD_V2, V2_COMMANDS, command, ioctl),
   ioOpcode: (command, ioctl) => opcode(UBD_V2, V2_IO_COMMANDS, command, ioctl),
   // This driver divides by the unrounded size, so the next page boundary belongs to the queue.

@@ -10,9 +10,10 @@
 import { spawnSync } from "node:child_process";
 import { existsSync, statSync } from "node:fs";
 import { release } from "node:os";
+import { basename } from "node:path";
 import process from "node:process";
 import type { Command } from "commander";
-import { chooseDialect } from "../abi/dialect.ts";
+import { chooseDialect, type Dialect, UBLK } from "../abi/dialect.ts";
 import { errnoName } from "../abi/errno.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
@@ -61,20 +62,21 @@ function toText({ check, level, what, why, mend }: Finding): string {
 }
 
 async function diagnose(): Promise<Finding[]> {
-  const { controlPath, charClass } = chooseDialect(existsSync);
-  const loaded = existsSync("/sys/module/ublk_drv") || existsSync(controlPath);
+  const dialect = chooseDialect(existsSync);
+  const { controlPath, charClass } = dialect;
+  const loaded = existsSync(`/sys/module/${dialect.driver}`) || existsSync(controlPath);
   const shim = new Shim();
   const ring = checkRing(shim);
-  const node = loaded ? checkControlNode(shim, controlPath) : undefined;
+  const node = loaded ? checkControlNode(shim, dialect) : undefined;
   const reachable = node?.level === "ok" && ring.level === "ok";
   const ids = namesIn(`/sys/class/${charClass}`).map((name) => Number(name.replace(/\D+/, "")));
   return [
-    ...kernelFindings(release(), inOuterPidNamespace()),
-    loaded ? { check: "driver", level: "ok", what: "ublk_drv is there" } : absentDriver(release()),
+    ...kernelFindings(release(), inOuterPidNamespace(), dialect),
+    loaded ? driverFinding(dialect) : absentDriver(release()),
     ...(node ? [node] : []),
     ring,
-    ...checkUdev(),
-    ...checkLimits(ids.length),
+    ...checkUdev(dialect),
+    ...checkLimits(ids.length, dialect),
     ...(reachable ? await checkDevices() : []),
     ...checkStateFiles(ids),
   ];
@@ -139,8 +141,12 @@ const BUGS: readonly {
   },
 ];
 
-/** What is known of this kernel. */
-export function kernelFindings(kernel: string, outerPidNamespace: boolean): Finding[] {
+/** What is known of this kernel, and of its own driver if that is the one which is spoken to. */
+export function kernelFindings(
+  kernel: string,
+  outerPidNamespace: boolean,
+  dialect: Dialect = UBLK,
+): Finding[] {
   const check = "kernel";
   if (isBefore(kernel, "6.1")) {
     return [{
@@ -151,6 +157,7 @@ export function kernelFindings(kernel: string, outerPidNamespace: boolean): Find
       mend: "boot Linux 6.1 or later",
     }];
   }
+  if (dialect.name !== UBLK.name) return [{ check, level: "ok", what: `Linux ${kernel}` }];
   const findings: Finding[] = BUGS.filter(({ from, before, releases }) =>
     releases ? releases.test(kernel) : !isBefore(kernel, from!) && isBefore(kernel, before!)
   ).map(({ level, what, why, mend }) => ({ check, level, what, why, mend }));
@@ -180,6 +187,20 @@ function isBefore(kernel: string, version: string): boolean {
 function inOuterPidNamespace(): boolean {
   const OUTER = 0xeffffffc; // PROC_PID_INIT_INO
   return statSync("/proc/self/ns/pid").ino === OUTER;
+}
+
+/** Of the driver that is there. */
+export function driverFinding({ name, driver }: Dialect): Finding {
+  const check = "driver";
+  if (name === UBLK.name) return { check, level: "ok", what: `${driver} is there` };
+  return {
+    check,
+    level: "note",
+    what: `${driver} is there, the driver from which the kernel's own, ${UBLK.driver}, came`,
+    why: "it has no recovery, zero copy, resizing, or devices of ordinary users; each write is " +
+      "made durable at once; and of a server that is killed while it starts, the device stays",
+    mend: `rmmod ${driver}; modprobe ${UBLK.driver}`,
+  };
 }
 
 function absentDriver(kernel: string): Finding {
@@ -218,8 +239,9 @@ function forbidding(plan: string): string {
   return plan.split("\n").find((line) => /^install .*\b(false|true)\b/.test(line)) ?? "";
 }
 
-function checkControlNode(shim: Shim, path: string): Finding {
+function checkControlNode(shim: Shim, dialect: Dialect): Finding {
   const check = "control";
+  const { controlPath: path } = dialect;
   const O_RDWR = 2;
   const fd = shim.open(path, O_RDWR);
   if (fd >= 0) {
@@ -227,7 +249,7 @@ function checkControlNode(shim: Shim, path: string): Finding {
     return { check, level: "ok", what: `${path} can be opened` };
   }
   const errno = errnoName(-fd);
-  const [major, minor] = contents("/sys/class/misc/ublk-control/dev").trim().split(":");
+  const [major, minor] = contents(`/sys/class/misc/${basename(path)}/dev`).trim().split(":");
   if (errno === "ENOENT") {
     return {
       check,
@@ -246,7 +268,8 @@ function checkControlNode(shim: Shim, path: string): Finding {
     why: "every command goes through it",
     mend: process.getuid!() === 0
       ? "let the container use its devices (docker run --device), or ask its security module"
-      : "run ubd as root; for devices of ordinary users: ubd udev install, as root",
+      : "run ubd as root" +
+        (dialect.name === UBLK.name ? "; for devices of ordinary users: ubd udev install" : ""),
   };
 }
 
@@ -284,7 +307,7 @@ function checkRing(shim: Shim): Finding {
 const RULES = ["/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib"]
   .map((directory) => `${directory}/udev/rules.d`);
 
-function checkUdev(): Finding[] {
+function checkUdev(dialect: Dialect): Finding[] {
   const check = "udev";
   const findings: Finding[] = [];
   const devtmpfs = contents("/proc/self/mounts").split("\n")
@@ -305,6 +328,9 @@ function checkUdev(): Finding[] {
       what: "udevd does not run",
       why: "nobody gives unprivileged devices to their users, nor makes links in /dev/disk",
     }];
+  }
+  if (dialect.name !== UBLK.name) {
+    return [...findings, { check, level: "ok", what: "udevd runs" }];
   }
   const rules = RULES.flatMap((directory) =>
     namesIn(directory).filter((name) => name.endsWith(".rules"))
@@ -336,10 +362,10 @@ function checkUdev(): Finding[] {
 const OPEN_FILES_MIN = 256;
 const LOCKED_BYTES_MIN = 64 * 1024 ** 2;
 
-function checkLimits(devices: number): Finding[] {
+function checkLimits(devices: number, { driver }: Dialect): Finding[] {
   const check = "limits";
   const findings: Finding[] = [];
-  const parameter = "/sys/module/ublk_drv/parameters/ublks_max";
+  const parameter = `/sys/module/${driver}/parameters/ublks_max`;
   const devicesMax = Number(contents(parameter) || Infinity);
   if (devices >= devicesMax) {
     const all = isBefore(release(), "6.15");

@@ -125,7 +125,7 @@ async function features({ json }: ListOptions): Promise<void> {
     throw new UblkError({
       errno: "EOPNOTSUPP",
       operation: "GET_FEATURES",
-      hint: "kernels before 6.5 cannot say what their driver can do",
+      hint: "drivers before that of Linux 6.5 cannot say what they can do",
     });
   }
   if (json) {

@@ -102,6 +102,7 @@ async function refuseUnquiescible(control: Control, id: number): Promise<bigint>
     throw new UblkError({ errno: "EOPNOTSUPP", operation: "QUIESCE_DEV", device: id, hint });
   }
   if (recoverable && (flags & UBLK_F_QUIESCE) !== 0n) return flags;
+  control.requireCommand("QUIESCE_DEV", "QUIESCE_DEV", id);
   throw new UblkError({
     errno: "EOPNOTSUPP",
     operation: "QUIESCE_DEV",

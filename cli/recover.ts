@@ -28,6 +28,7 @@ async function recover(
 ): Promise<void> {
   const id = oneDeviceId("recover", device, number);
   using control = await Control.open();
+  control.requireCommand("START_USER_RECOVERY", "recover", id);
   const state = await knownState(control, id, "recover");
   await show(await startServer({ ...state.spec, recover: id }), {
     json: json ?? false,

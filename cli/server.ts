@@ -145,7 +145,7 @@ export async function serve(
   if (watched !== undefined) watchModule(id, watched, loaded, log);
   const notes = [...target.notes, ...device.notes];
   if (device.info.queues < options.queues) {
-    notes.push(`${device.info.queues} queues, not ${options.queues}: the kernel has one per CPU`);
+    notes.push(`${device.info.queues} queues, not ${options.queues}: the driver has one per CPU`);
   }
   const facts = { name: targetName, dev_size: target.limits.sizeBytes, ...target.facts };
   const state = {

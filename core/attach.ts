@@ -19,6 +19,7 @@ import { checkpoint } from "./checkpoint.ts";
 import type { Control } from "./control.ts";
 import { zeroCopyOf } from "./data_mode.ts";
 import { UblkError } from "./error.ts";
+import { gapsOf } from "./gaps.ts";
 import { type NodePlace, Nodes, removeStaleNode, S_IFBLK, S_IFCHR } from "./nodes.ts";
 import { type QueueThread, startQueueThread } from "./queue_thread.ts";
 import type { OpenTarget } from "./target.ts";
@@ -146,6 +147,7 @@ export async function attach(
       },
       userCopy: (info.flags & UBLK_F_USER_COPY) !== 0n,
       getDataOpcode: info.flags & UBLK_F_NEED_GET_DATA ? ioOpcode("NEED_GET_DATA") : undefined,
+      gaps: gapsOf(dialect, options.target.limits),
     };
     tidsKnown.push(thread.serve(config));
   }
@@ -162,6 +164,9 @@ export async function attach(
     died.catch(() => {});
     await Promise.race([command, died]);
   };
+  if (!dialect.checksState) {
+    await during("FETCH", Promise.all(threads.map((thread) => thread.fetched())).then(() => {}));
+  }
   return { threads, facts, ended, nodes, during, release };
 }
 

@@ -7,6 +7,9 @@
  * thread alive. Each command has a deadline. A command that misses it stays in flight; its
  * payload area is kept for it, since the kernel may still write there.
  *
+ * No command is begun in the calling thread, whatever the driver does where it is submitted: a
+ * worker of the kernel's has it from the start.
+ *
  * ioctl-encoded opcodes first; a kernel before 6.4 answers them with an error and gets the legacy
  * ones from then on. Which dialect is spoken is asked of abi/dialect.ts.
  * @module
@@ -22,6 +25,7 @@ import {
   type DeviceInfo,
   type Dialect,
   QUEUE_ID_NONE,
+  UBLK,
 } from "../abi/dialect.ts";
 import { ERRNO, errnoName } from "../abi/errno.ts";
 import {
@@ -35,20 +39,32 @@ import {
   UBLK_S_DEV_QUIESCED,
 } from "../abi/ublk_cmd.ts";
 import { pack, unpack, type Unpacked, type Values } from "../abi/struct.ts";
-import { PAYLOAD_BYTES, PAYLOAD_COUNT, Shim } from "../ffi/mod.ts";
+import { type ControlRequest, PAYLOAD_BYTES, PAYLOAD_COUNT, Shim } from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
 import { checkDeviceId } from "./size.ts";
+import { startOnce } from "./start_once.ts";
 
 const O_RDWR = 2;
 
 /** How long a command may take, in milliseconds. Stopping waits for I/O in flight. */
-const DEADLINE_MS: Partial<Record<ControlCommand, number>> = {
+const DEADLINE_MS: Readonly<Record<string, number>> = {
   START_DEV: 60_000,
   END_USER_RECOVERY: 60_000,
   STOP_DEV: 60_000,
   TRY_STOP_DEV: 60_000,
   DEL_DEV: 30_000,
 };
+/** First mainline kernel that has a command, of those that came after ioctl-encoded opcodes. */
+const COMMAND_KERNEL: Partial<Record<ControlCommand, string>> = {
+  GET_FEATURES: "6.5",
+  DEL_DEV_ASYNC: "6.9",
+  UPDATE_SIZE: "6.16",
+  QUIESCE_DEV: "6.16",
+  TRY_STOP_DEV: "7.0",
+  REG_BUF: "7.1",
+  UNREG_BUF: "7.1",
+};
+
 const DEADLINE_DEFAULT_MS = 15_000;
 
 /** How long an old server may take to let go of its device. */
@@ -63,7 +79,6 @@ interface CommandOptions {
   path?: string;
   /** The command's inline data. */
   data?: number;
-  deadlineMs?: number;
 }
 
 export class Control implements Disposable {
@@ -86,6 +101,7 @@ export class Control implements Disposable {
     if (this.#fd < 0) {
       throw UblkError.from(this.#fd, "open the control device", {
         cause: new Error(dialect.controlPath),
+        ...this.#rootOnly(this.#fd),
       });
     }
     const ring = shim.controlInit();
@@ -102,8 +118,8 @@ export class Control implements Disposable {
    *
    * @throws {UblkError} ENOENT: no driver; EACCES: no permission; EPERM: no io_uring.
    */
-  static async open(): Promise<Control> {
-    const control = new Control(new Shim(), chooseDialect(existsSync));
+  static async open(shim = new Shim(), dialect = chooseDialect(existsSync)): Promise<Control> {
+    const control = new Control(shim, dialect);
     try {
       await control.#probeEncoding();
       return control;
@@ -141,7 +157,15 @@ export class Control implements Disposable {
 
   /** @throws {UblkError} EOPNOTSUPP, by name: the running kernel lacks this feature. */
   require(feature: bigint, operation: string, device?: number): void {
-    if (((this.#features ?? 0n) & feature) === 0n) throw lackError(feature, operation, device);
+    if ((this.#features ?? 0n) & feature) return;
+    throw lackError(feature, operation, device, this.dialect);
+  }
+
+  /** @throws {UblkError} EOPNOTSUPP: the driver lacks this command, and so cannot do `operation`. */
+  requireCommand(command: ControlCommand, operation: string = command, device?: number): void {
+    if (this.dialect.hasCommand(command, this.#ioctlEncoded)) return;
+    const lacking = describeLackingCommand(command, this.dialect);
+    throw operationLacks(operation, device, lacking);
   }
 
   /** Whether opcodes are ioctl-encoded: the queues' io commands must agree. */
@@ -246,21 +270,30 @@ export class Control implements Disposable {
 
   /** Ends when the queues have answered what is in flight, or the server is dead. */
   async stopDevice(deviceId: number): Promise<void> {
+    if (await this.#neverStarted(deviceId)) return; // As other drivers do.
     await this.#command("STOP_DEV", { deviceId });
   }
 
   /** Ends when the last user of /dev/ublkcN has gone. */
   async deleteDevice(deviceId: number): Promise<void> {
+    if (await this.#neverStarted(deviceId)) await startOnce(this, deviceId);
     await this.#command("DEL_DEV", { deviceId });
+  }
+
+  /** Of a driver that does not look for itself. */
+  async #neverStarted(deviceId: number): Promise<boolean> {
+    if (this.dialect.checksState) return false;
+    const { state, pid } = await this.getDeviceInfo(deviceId);
+    return state === UBLK_S_DEV_DEAD && pid === 0; // A stop makes it -1.
   }
 
   /** As deleteDevice, but the kernel does the waiting (6.9). */
   async deleteDeviceLater(deviceId: number): Promise<void> {
     const command = "DEL_DEV_ASYNC";
-    const result = this.#ioctlEncoded ? await this.#run(command, { deviceId }) : -ERRNO.EOPNOTSUPP;
+    const result = await this.#run(command, { deviceId });
     if (result >= 0) return;
-    const hint = `kernel ${release()} lacks DEL_DEV_ASYNC (needs 6.9)`;
-    const lacks = errnoName(result) === "EOPNOTSUPP" && { hint };
+    const lacks = errnoName(result) === "EOPNOTSUPP" &&
+      { hint: describeLackingCommand(command, this.dialect) };
     throw UblkError.from(result, command, { device: deviceId, ...lacks });
   }
 
@@ -311,44 +344,88 @@ export class Control implements Disposable {
 
   async #command(command: ControlCommand, options: CommandOptions): Promise<void> {
     const result = await this.#run(command, options);
-    if (result < 0) throw UblkError.from(result, command, device(options));
+    if (result >= 0) return;
+    throw UblkError.from(result, command, { ...device(options), ...this.#rootOnly(result) });
+  }
+
+  /** Where no device can be an ordinary user's, that is no advice. */
+  #rootOnly(result: number): { hint?: string } {
+    const denied = result === -ERRNO.EPERM || result === -ERRNO.EACCES;
+    return denied && !this.dialect.flagsMask ? { hint: "run as root" } : {};
   }
 
   /** Submits and awaits one command. @returns its result; the answer is in options.payload. */
   async #run(command: ControlCommand, options: CommandOptions): Promise<number> {
     const { deviceId = DEV_ID_AUTO } = options;
+    this.requireCommand(command, command, device(options).device);
     if (deviceId !== DEV_ID_AUTO) checkDeviceId(deviceId);
+    if (command !== "ADD_DEV" && this.#isDeleted(deviceId)) return -ERRNO.ENODEV;
     const pathname = options.path ??
       await this.#requiredPath(command, deviceId);
+    const path = pathname ? new TextEncoder().encode(`${pathname}\0`) : new Uint8Array();
+    return await this.#submit(command, options, path, {
+      opcode: this.dialect.controlOpcode(command, this.#ioctlEncoded),
+      deviceId,
+      queueId: options.queueId ?? QUEUE_ID_NONE,
+      data: BigInt(options.data ?? 0),
+    });
+  }
+
+  /**
+   * Opens a file without waiting for it here: what a device that this thread serves does first
+   * when it is opened, such as to read its partitions, may need this thread.
+   *
+   * @param flags O_* of open(2). @returns a descriptor.
+   */
+  async openFile(path: string, flags: number): Promise<number> {
+    const operation = `open ${path}`;
+    const bytes = new TextEncoder().encode(`${path}\0`);
+    const fields = { opcode: 0, deviceId: 0, queueId: 0, data: BigInt(flags) };
+    const fd = await this.#submit(operation, {}, bytes, fields);
+    if (fd < 0) throw UblkError.from(fd, operation);
+    return fd;
+  }
+
+  /** A driver may know a device until it is closed, and not that it is deleted. */
+  #isDeleted(deviceId: number): boolean {
+    const { dialect } = this;
+    if (dialect.checksState || deviceId === DEV_ID_AUTO) return false;
+    const devices = `/sys/class/${dialect.charClass}`;
+    return existsSync(devices) && !existsSync(`${devices}/${dialect.charName(deviceId)}`);
+  }
+
+  /** Puts path and payload into an area of their own, and waits. @returns the result. */
+  async #submit(
+    operation: string,
+    options: CommandOptions,
+    path: Uint8Array,
+    fields: Pick<ControlRequest, "opcode" | "deviceId" | "queueId" | "data">,
+  ): Promise<number> {
     const slot = this.#freePayloads.pop();
     if (slot === undefined) {
-      throw new UblkError({ errno: "EBUSY", operation: command, ...device(options) });
+      throw new UblkError({ errno: "EBUSY", operation, ...device(options) });
     }
-    const path = pathname ? new TextEncoder().encode(`${pathname}\0`) : new Uint8Array();
     const area = this.#payloads.subarray(slot * PAYLOAD_BYTES, (slot + 1) * PAYLOAD_BYTES);
     area.set(path);
     area.set(options.payload ?? [], path.length);
 
     const submitted = this.shim.controlSubmit(this.#handle, {
+      ...fields,
       controlFd: this.#fd,
-      opcode: this.dialect.controlOpcode(command, this.#ioctlEncoded),
-      deviceId,
-      queueId: options.queueId ?? QUEUE_ID_NONE,
       payload: slot,
       payloadBytes: path.length + (options.payload?.length ?? 0),
       pathBytes: path.length,
-      data: BigInt(options.data ?? 0),
     });
     if (submitted < 0) {
       this.#freePayloads.push(slot);
-      throw UblkError.from(submitted, command, device(options));
+      throw UblkError.from(submitted, operation, device(options));
     }
 
-    const deadlineMs = options.deadlineMs ?? DEADLINE_MS[command] ?? DEADLINE_DEFAULT_MS;
+    const deadlineMs = DEADLINE_MS[operation] ?? DEADLINE_DEFAULT_MS;
     const result = await this.#completion(slot, deadlineMs);
     if (result === undefined) {
       this.#waiting.set(slot, () => this.#freePayloads.push(slot));
-      throw lateError(command, options, deadlineMs);
+      throw lateError(operation, options, deadlineMs, this.dialect);
     }
     this.#freePayloads.push(slot);
     options.payload?.set(area.subarray(path.length, path.length + options.payload.length));
@@ -378,32 +455,56 @@ export class Control implements Disposable {
 }
 
 /** "kernel 6.12.90 lacks UPDATE_SIZE (needs 6.16)": of several features, the youngest. */
-export function describeLack(features: bigint): string {
+export function describeLack(features: bigint, dialect = chooseDialect(existsSync)): string {
   const [flag, name] = [...FEATURE_NAMES].findLast(([bit]) => bit & features) ?? [];
   const needs = flag === undefined ? undefined : FEATURE_KERNEL.get(flag);
-  return `kernel ${release()} lacks ${name ?? "a feature"} (needs ${needs ?? "a later one"})`;
+  return lacks(name ?? "a feature", needs ?? "a later one", dialect);
 }
 
-export function lackError(features: bigint, operation: string, device?: number): UblkError {
-  return new UblkError({
-    errno: "EOPNOTSUPP",
-    operation,
-    ...(device !== undefined && { device }),
-    hint: describeLack(features),
-  });
+/** The same for a command. */
+function describeLackingCommand(command: ControlCommand, dialect: Dialect): string {
+  return lacks(command, COMMAND_KERNEL[command] ?? "a later one", dialect);
+}
+
+/** Who has another driver than the kernel's own is not helped by a younger kernel. */
+function lacks(what: string, needs: string, dialect: Dialect): string {
+  return dialect.name === UBLK.name
+    ? `kernel ${release()} lacks ${what} (needs ${needs})`
+    : `the driver that is loaded, ${dialect.driver}, lacks ${what}: ${UBLK.driver} may have it`;
+}
+
+export function lackError(
+  features: bigint,
+  operation: string,
+  device?: number,
+  dialect?: Dialect,
+): UblkError {
+  return operationLacks(operation, device, describeLack(features, dialect));
+}
+
+function operationLacks(operation: string, device: number | undefined, hint: string): UblkError {
+  const errno = "EOPNOTSUPP";
+  return new UblkError({ errno, operation, ...(device !== undefined && { device }), hint });
 }
 
 function device({ deviceId }: CommandOptions): { device?: number } {
   return deviceId === undefined || deviceId === DEV_ID_AUTO ? {} : { device: deviceId };
 }
 
-function lateError(command: ControlCommand, options: CommandOptions, ms: number): UblkError {
-  const id = options.deviceId ?? "N";
+function lateError(
+  operation: string,
+  options: CommandOptions,
+  ms: number,
+  { blockPath, charPath }: Dialect,
+): UblkError {
+  const { deviceId } = options;
+  const holders = deviceId === undefined || deviceId === DEV_ID_AUTO
+    ? ""
+    : `, and at who holds the device: fuser -v ${blockPath(deviceId)} ${charPath(deviceId)}`;
   return new UblkError({
     errno: "ETIMEDOUT",
-    operation: command,
+    operation,
     ...device(options),
-    hint: `no answer in ${ms / 1000} s; look at dmesg, and at who holds the device: ` +
-      `fuser -v /dev/ublkb${id} /dev/ublkc${id}; the command goes on in the kernel`,
+    hint: `no answer in ${ms / 1000} s; look at dmesg${holders}; the command goes on in the kernel`,
   });
 }

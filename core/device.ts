@@ -11,7 +11,7 @@
  * @module
  */
 
-import { existsSync } from "node:fs";
+import { constants, existsSync } from "node:fs";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceInfo } from "../abi/dialect.ts";
@@ -56,6 +56,8 @@ export const IO_BYTES_DEFAULT_ZERO_COPY = 1024 * 1024;
 export const IO_BYTES_MAX = 32 * 1024 * 1024;
 /** Of a queue's buffers. A busy device touches all of it: more is taken for a slip. */
 const QUEUE_BUFFER_BYTES_MAX = 4 * 1024 ** 3;
+
+const BLKROSET = 0x125d;
 
 /** How long a server may take over the requests it has, when it is to let go. */
 const QUIESCE_DEADLINE_MS = 60_000;
@@ -146,7 +148,8 @@ export class Device {
       if (flags & UBLK_F_BATCH_IO && options.depth < 2) {
         throw new UsageError("Queue depth 1: the driver wants 2 or more for batches");
       }
-      refuseLackingFeatures(flags & ~control.dialect.flagsMask);
+      const lacking = flags & ~control.dialect.flagsMask;
+      if (lacking) throw lackError(lacking, "ADD_DEV", undefined, control.dialect);
       const ioBytesMax = options.ioBytesMax ??
         (zeroCopyOf(flags) ? IO_BYTES_DEFAULT_ZERO_COPY : IO_BYTES_DEFAULT);
       if (!zeroCopyOf(flags)) checkBuffers(options.depth, ioBytesMax);
@@ -213,7 +216,7 @@ export class Device {
       const queues = await attach(control, info, options, undo).catch((error) => {
         if (anew || (error as UblkError).errno !== "EINVAL") throw error;
         // The driver knows the address space of the server that died, and lets no other in.
-        const hint = "a server died while it took the device over, and this kernel lets no other " +
+        const hint = "a server died while it took the device over, and this driver lets no other " +
           "begin: ubd del --force -n ID";
         throw new UblkError({ errno: "EINVAL", operation: "recover", device: id, hint });
       });
@@ -270,6 +273,9 @@ export class Device {
     removeStaleNode(block);
     if (!existsSync(block.path)) queues.nodes.make(control.shim, block);
     if (control.isUnprivileged(id)) await accessible(block.path);
+    if (!control.dialect.hasParams && options.target.limits.readOnly) {
+      await setReadOnly(control, block.path);
+    }
     const info = await control.getDeviceInfo(id); // The kernel changes flags silently.
     return new Device(control, info, queues.facts, notes, queues, (staying) => {
       // The target first: whoever waits for the character device then finds everything durable.
@@ -318,6 +324,15 @@ export class Device {
   letGo(staying = false): void {
     this.#release(staying);
   }
+}
+
+/** As SET_PARAMS does it, where there is none: also root cannot write then. */
+async function setReadOnly(control: Control, blockPath: string): Promise<void> {
+  const { native } = control.shim;
+  const fd = await control.openFile(blockPath, constants.O_RDONLY);
+  const result = native.ubd_ioctl(fd, BLKROSET, new Int32Array([1, 0]));
+  native.ubd_close(fd);
+  if (result < 0) throw UblkError.from(result, `make ${blockPath} read-only`);
 }
 
 /** The driver drops flags it does not know, silently: a device must not promise less than asked. */

@@ -18,6 +18,7 @@ import { URL } from "node:url";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { type QueueConfig, Shim } from "../ffi/mod.ts";
 import { fromPlainError, type PlainError, toPlainError, UblkError } from "./error.ts";
+import { GapQueue, type Gaps, refusing } from "./gaps.ts";
 import { describeThrown, limited, type Log } from "./log.ts";
 import { Queue, SECTOR_BYTES } from "./queue.ts";
 import { emptyStats } from "./stats.ts";
@@ -41,6 +42,8 @@ export interface Assignment extends QueueConfig {
   blockName: string;
   /** CPUs whose I/O the queue gets: a thread of its own stays with them. Default: all. */
   cpus?: readonly number[];
+  /** What the driver leaves to this side. Default: nothing. */
+  gaps?: Gaps | undefined;
 }
 
 export interface QueueThread {
@@ -55,6 +58,8 @@ export interface QueueThread {
   readonly stats: Float64Array;
   /** Serves this queue from now on. @returns the thread's kernel id, once its ring is set up. */
   serve(config: Assignment): Promise<number>;
+  /** Settles when the driver has taken all FETCHes. After `serve`. */
+  fetched(): Promise<void>;
   /** Tells the target that the device is about to stop. */
   stopping(): void;
   /** Makes the thread leave now. For devices that never started. */
@@ -64,6 +69,8 @@ export interface QueueThread {
 /** What a thread is told by `orders`, one i32. */
 const STOPPING = 1;
 const ABANDONED = 2;
+/** To say when it comes to read this: the wake-up is submitted after the first FETCHes. */
+const FETCHING = 4;
 
 const MARK = "ubdQueueThread";
 
@@ -78,6 +85,7 @@ interface WorkerData {
 type Message =
   | { type: "opened"; description: TargetDescription | undefined }
   | { type: "started"; tid: number; queue: number }
+  | { type: "fetched" }
   | { type: "log"; text: string }
   | { type: "failed"; error: PlainError }
   | { type: "ended" };
@@ -86,12 +94,14 @@ type Message =
 function settlements() {
   const opened = Promise.withResolvers<TargetDescription | undefined>();
   const started = Promise.withResolvers<number>();
+  const fetched = Promise.withResolvers<void>();
   const ended = Promise.withResolvers<void>();
-  const all = [opened, started, ended];
+  const all = [opened, started, fetched, ended];
   for (const { promise } of all) promise.catch(() => {});
   return {
     opened,
     started,
+    fetched,
     ended,
     fail: (error: unknown) => all.forEach((one) => one.reject(error)),
   };
@@ -110,12 +120,13 @@ export function startQueueThread(
   const data: WorkerData = { [MARK]: true, shimPath: shim.path, target, orders, stats };
   const worker = new Worker(new URL(entry), { workerData: data, name: `ubd-queue-${queueId}` });
 
-  const { opened, started, ended, fail } = settlements();
+  const { opened, started, fetched, ended, fail } = settlements();
   /** The ring of a thread that has not closed it: see `Queue`, which may not while it lives. */
   let open: number | undefined;
   worker.on("message", (message: Message) => {
     if (message.type === "opened") opened.resolve(message.description);
     else if (message.type === "log") log(message.text);
+    else if (message.type === "fetched") fetched.resolve();
     else if (message.type === "started") {
       open = message.queue;
       started.resolve(message.tid);
@@ -146,6 +157,10 @@ export function startQueueThread(
       wakeFd = config.wakeFd;
       worker.postMessage(config);
       return started.promise;
+    },
+    fetched() {
+      order(FETCHING);
+      return fetched.promise;
     },
     stopping: () => order(STOPPING),
     abandon() {
@@ -190,17 +205,22 @@ export function openHere(target: ServedTarget, shim: Shim, logAny: Log): OpenTar
   let closed: Promise<void> | undefined;
   const close = () => closed ??= (async () => await target.close?.())();
   const startThread = (): QueueThread => {
-    const { opened, started, ended } = settlements();
+    const { opened, started, fetched, ended, fail } = settlements();
     opened.resolve(undefined);
     const stats = emptyStats();
     let handler: RequestHandler | undefined;
     let abandoned = false;
     let wakeFd = -1;
     const serve = async (config: Assignment) => {
-      using queue = new Queue(shim, config, stats);
-      handler = target.handler(serveContext(config, log));
+      const parts = partsOf(target, shim, config, stats, log);
+      using queue = parts.queue;
+      handler = parts.handler;
       started.resolve(shim.native.ubd_gettid());
-      await queue.runOnEventLoop(handler, () => abandoned, logFailure(log), ended.reject);
+      const woken = () => {
+        fetched.resolve();
+        return abandoned;
+      };
+      await queue.runOnEventLoop(handler, woken, logFailure(log), ended.reject);
     };
     return {
       opened: opened.promise,
@@ -212,11 +232,12 @@ export function openHere(target: ServedTarget, shim: Shim, logAny: Log): OpenTar
         serve(config).finally(() => {
           wakeFd = -1;
           if (--serving === 0) return close();
-        }).then(ended.resolve, (error) => {
-          started.reject(error);
-          ended.reject(error);
-        });
+        }).then(ended.resolve, fail);
         return started.promise;
+      },
+      fetched() {
+        if (wakeFd >= 0) shim.native.ubd_wake(wakeFd);
+        return fetched.promise;
       },
       stopping: () => handler?.stopping?.(),
       abandon() {
@@ -236,6 +257,20 @@ export function openHere(target: ServedTarget, shim: Shim, logAny: Log): OpenTar
       close().catch((error) => log((error as Error)?.message ?? String(error)));
     },
   };
+}
+
+function partsOf(
+  target: ServedTarget,
+  shim: Shim,
+  config: Assignment,
+  stats: Float64Array,
+  log: Log,
+): { queue: Queue; handler: RequestHandler } {
+  const { gaps } = config;
+  const queue = gaps ? new GapQueue(shim, config, stats) : new Queue(shim, config, stats);
+  if (queue instanceof GapQueue) queue.gaps = gaps!;
+  const handler = target.handler(serveContext(config, log));
+  return { queue, handler: gaps ? refusing(handler, gaps.refused) : handler };
 }
 
 function serveContext({ depth, ioBytesMax, blockName }: Assignment, log: Log): ServeContext {
@@ -276,9 +311,9 @@ export async function runQueueThread(
   async function serveQueue(served: ServedTarget, config: Assignment): Promise<void> {
     const shim = new Shim(shimPath);
     shim.native.ubd_io_flusher(1); // Hardening: who may not, serves without it (core/isolation.ts).
-    const queue = new Queue(shim, config, stats);
-    const handler = served.handler(serveContext(config, log));
+    const { queue, handler } = partsOf(served, shim, config, stats, log);
     const woken = () => {
+      if (Atomics.load(orders, 0) & FETCHING) send({ type: "fetched" });
       if (Atomics.load(orders, 0) & STOPPING) handler.stopping?.();
       return (Atomics.load(orders, 0) & ABANDONED) !== 0;
     };

@@ -42,10 +42,13 @@ const op_fsync = 3;
 const op_read_fixed = 4;
 const op_write_fixed = 5;
 const op_fallocate = 17;
+const op_openat = 18;
 const op_read = 22;
 const op_write = 23;
 const op_uring_cmd = 46;
 const sqe_fixed_file = 1 << 0;
+const sqe_async = 1 << 4;
+const at_fdcwd: i32 = -100;
 const no_file: i32 = -1;
 
 /// Values of Command.op; ffi/mod.ts names the same ones.
@@ -670,28 +673,38 @@ pub fn controlExit(control: *Control) void {
     sys.unmap(@intFromPtr(control), @sizeOf(Control));
 }
 
+/// Opcode 0 opens the file whose path, with its NUL, is the payload, with the flags that are `data`.
 pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i32 {
     if (request.payload >= payload_count or request.payload_len > payload_bytes) return -sys.EINVAL;
     if (request.dev_path_len > request.payload_len or request.queue_id > 0xffff) return -sys.EINVAL;
     if (!roomFor(&control.ring, 1)) return -sys.EBUSY;
     const sqe = nextSqe(&control.ring, 128);
     sqe.* = std.mem.zeroes(layout.Sqe);
-    sqe.opcode = op_uring_cmd;
-    sqe.fd = request.control_fd;
-    sqe.off = request.opcode;
+    // By a worker of the kernel's from the start: a driver may do all of it where it is submitted.
+    sqe.flags = sqe_async;
     sqe.user_data = request.payload;
     const payload: usize = @intFromPtr(&control.payloads) + request.payload * payload_bytes;
-    const cmd: *layout.CtrlCmd = @ptrCast(@alignCast(&sqe.cmd));
-    cmd.* = .{
-        .dev_id = request.device_id,
-        .queue_id = @intCast(request.queue_id),
-        .len = @intCast(request.payload_len),
-        .addr = if (request.payload_len > 0) payload else 0,
-        .data = request.data,
-        .dev_path_len = @intCast(request.dev_path_len),
-        .pad = 0,
-        .reserved = 0,
-    };
+    if (request.opcode == 0) {
+        sqe.opcode = op_openat;
+        sqe.fd = at_fdcwd;
+        sqe.addr = payload;
+        sqe.op_flags = @truncate(request.data);
+    } else {
+        sqe.opcode = op_uring_cmd;
+        sqe.fd = request.control_fd;
+        sqe.off = request.opcode;
+        const cmd: *layout.CtrlCmd = @ptrCast(@alignCast(&sqe.cmd));
+        cmd.* = .{
+            .dev_id = request.device_id,
+            .queue_id = @intCast(request.queue_id),
+            .len = @intCast(request.payload_len),
+            .addr = if (request.payload_len > 0) payload else 0,
+            .data = request.data,
+            .dev_path_len = @intCast(request.dev_path_len),
+            .pad = 0,
+            .reserved = 0,
+        };
+    }
     const result = enterKernel(&control.ring, 0, enter_getevents);
     const sq = &control.ring.sq;
     if (result >= 0 or @atomicLoad(u32, sq.khead, .acquire) == sq.sqe_tail) return 0;

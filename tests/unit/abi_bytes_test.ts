@@ -76,7 +76,7 @@ test("ADD_DEV info, V2", () => {
     queues: 2,
     depth: 128,
     maxIoBytes: 512 * 1024,
-    flags: 1n,
+    flags: 0n,
     blockSize: 4096,
     sizeBytes: 5n << 44n, // 80 TiB: 5 << 32 blocks
   });
@@ -85,7 +85,7 @@ test("ADD_DEV info, V2", () => {
     "80000000 03000000", // rq_max_blocks, dev_id
     "00000000 05000000", // dev_blocks
     "00000000 00000000", // pid, reserved0
-    "01000000 00000000", // flags[0]
+    "00000000 00000000", // flags[0]
     "00".repeat(88),
   );
   assert.deepEqual(info, wanted);
