@@ -42,6 +42,7 @@ export {
 } from "./core/define_target.ts";
 export { UblkError, type UblkErrorDetails, UsageError } from "./core/error.ts";
 export type { DeviceStats, OperationStats } from "./core/stats.ts";
+export type { MemoryLimits } from "./core/target.ts";
 export {
   fault,
   type FaultOperation,

@@ -17,6 +17,7 @@ import {
 } from "../core/device.ts";
 import { describeOptions } from "../core/define_target.ts";
 import { UblkError, UsageError } from "../core/error.ts";
+import { checkMemoryLimits } from "../core/params.ts";
 import { becomeFlusher } from "../core/isolation.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { readState } from "../core/state.ts";
@@ -40,6 +41,10 @@ export interface AddOptions {
   queues: number;
   depth: number;
   maxIoSize: number;
+  memoryAlign?: number;
+  segments?: number;
+  segmentSize?: number;
+  segmentBoundary?: number;
   max_io_buf_bytes?: number;
   size?: number;
   blockSize?: number;
@@ -213,6 +218,22 @@ export function defineDeviceOptions(command: Command): Command {
         .argParser(size("Largest I/O")),
     )
     .addOption(
+      option("--memory-align <size>", "data lies in memory at multiples of this: 4 to 4K", DEVICE)
+        .argParser(size("Memory alignment")),
+    )
+    .addOption(
+      option("--segments <count>", "a request's data is in so many pieces at most", DEVICE)
+        .argParser(integer("Number of segments")),
+    )
+    .addOption(
+      option("--segment-size <size>", "no piece is longer; from 4K", DEVICE)
+        .argParser(size("Segment size")),
+    )
+    .addOption(
+      option("--segment-boundary <size>", "no piece crosses a multiple of this; from 4K", DEVICE)
+        .argParser(size("Segment boundary")),
+    )
+    .addOption(
       option("--recovery [mode]", "outlive the server: wait, reissue or fail (ubd recover)", DEVICE)
         .preset("reissue").argParser(parseRecovery),
     )
@@ -382,12 +403,19 @@ export function toSpec(
     ioBytesMax: options.max_io_buf_bytes ?? options.maxIoSize,
     compInTask: options.uring_comp ?? false,
     noPartScan: !options.partscan,
+    memory: {
+      memoryAlignBytes: options.memoryAlign,
+      segmentsMax: options.segments,
+      segmentBytesMax: options.segmentSize,
+      segmentBoundaryBytes: options.segmentBoundary,
+    },
     zeroCopy: options.zeroCopy ?? (options.z ? "on" as const : "auto" as const),
     userCopy: (options.userCopy || options.user_copy || options.usercopy) ?? false,
     batch: (options.batch || options.batchIo) ?? false,
     needGetData: options.needGetData ?? options.need_get_data ?? false,
   };
   checkOptions(device);
+  checkMemoryLimits(device.memory);
   for (const name of ["supervise", "watch"] as const) {
     if (options[name] && options.foreground) {
       throw new UsageError(`--${name} is for servers in the background: leave out --foreground`);

@@ -213,7 +213,11 @@ export function describeParams({ types, ...params }: Unpacked<typeof UBLK_PARAMS
     // The driver's own default, where nothing is asked for.
     memoryAlignBytes: (has(UBLK_PARAM_TYPE_DMA_ALIGN) ? dma.alignment : 3) + 1,
     ...(has(UBLK_PARAM_TYPE_SEGMENT) && {
-      segments: { max: seg.max_segments, bytesMax: seg.max_segment_size },
+      segments: {
+        max: seg.max_segments,
+        bytesMax: seg.max_segment_size,
+        boundaryBytes: Number(seg.seg_boundary_mask) + 1,
+      },
     }),
     ...(has(UBLK_PARAM_TYPE_INTEGRITY) && {
       integrity: { metadataBytes: integrity.metadata_size, tagBytes: integrity.tag_size },

@@ -104,7 +104,11 @@ function wordsOf(params: ReturnType<typeof describeParams>): [string, string][] 
         formatSize(discard.writeZeroesBytesMax),
     ],
     ["zones", zoned && `${zoned.openZonesMax} open, ${zoned.activeZonesMax} active at most`],
-    ["segments", segments && `${segments.max} of up to ${formatSize(segments.bytesMax)}`],
+    [
+      "segments",
+      segments && `${segments.max} of up to ${formatSize(segments.bytesMax)}, none across a ` +
+        `multiple of ${formatSize(segments.boundaryBytes)}`,
+    ],
     ["integrity", integrity && `${integrity.metadataBytes} bytes for each block`],
   ];
   return [

@@ -35,7 +35,7 @@ import { passOn } from "./output.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
-  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax"> & DataWish & {
+  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax" | "memory"> & DataWish & {
     compInTask: boolean;
     noPartScan: boolean;
   };

@@ -11,7 +11,7 @@ import { isAbsolute, resolve } from "node:path";
 import { UsageError } from "./error.ts";
 import { FunctionHandler } from "./function_handler.ts";
 import { parseSize } from "./size.ts";
-import type { ServedTarget } from "./target.ts";
+import type { MemoryLimits, ServedTarget } from "./target.ts";
 
 /** What a handler answers: nothing when all is done, or the bytes that are, now or later. */
 export type Answer = void | number | Promise<void | number>;
@@ -84,6 +84,10 @@ export interface BlockDevice {
   maxConcurrent?: number;
   /** A promise that takes longer is given up: its request gets ETIMEDOUT. Default: 30000. */
   timeoutMs?: number;
+  /** Most queues, where the definition has `share`. Default: any number; without `share`, one. */
+  maxQueues?: number;
+  /** How the data of requests lies in their callers' memory. Default: anyhow. */
+  memory?: MemoryLimits;
 }
 
 /** One declared option. Values come as text from `--opt NAME=VALUE`, or as what they are. */
@@ -293,8 +297,11 @@ export async function openDefinition(
         volatileCache: !readOnly && device.flush !== undefined,
         discardBytes: !readOnly && device.discard ? blockSize : 0,
         writeZeroes: !readOnly && device.writeZeroes !== undefined,
+        ...device.memory,
       },
-      ...(!definition.share && { queuesMax: 1 }),
+      ...(definition.share
+        ? device.maxQueues !== undefined && { queuesMax: device.maxQueues }
+        : { queuesMax: 1 }),
       shared,
     },
     handler: (context) => new FunctionHandler(device, context),
@@ -311,7 +318,7 @@ function checkDevice(device: BlockDevice): void {
   if (typeof device.size !== "number") {
     throw new UsageError(`A target's size must be its bytes, not ${typeof device.size}`);
   }
-  for (const name of ["maxConcurrent", "timeoutMs"] as const) {
+  for (const name of ["maxConcurrent", "timeoutMs", "maxQueues"] as const) {
     const value = device[name];
     if (value !== undefined && !(Number.isInteger(value) && value > 0)) {
       throw new UsageError(`A target's ${name} must be a whole number above 0, not ${value}`);

@@ -37,12 +37,12 @@ import { type Control, lackError } from "./control.ts";
 import { chooseDataMode, type DataWish, notesOf, zeroCopyOf } from "./data_mode.ts";
 import { ignoring, UblkError, UsageError } from "./error.ts";
 import { removeStaleNode } from "./nodes.ts";
-import { refuseOtherLimits, toParams } from "./params.ts";
+import { refuseDroppedParams, refuseOtherLimits, toParams } from "./params.ts";
 import type { QueueThread } from "./queue_thread.ts";
 import { DEVICE_ID_MAX } from "./size.ts";
 import { makersMark } from "./state.ts";
 import { type DeviceStats, sumStats } from "./stats.ts";
-import type { OpenTarget } from "./target.ts";
+import type { MemoryLimits, OpenTarget } from "./target.ts";
 import { charDeviceOpeners } from "./users.ts";
 
 export const QUEUES_DEFAULT = 1;
@@ -79,6 +79,8 @@ export interface DeviceOptions extends RecoverOptions, DataWish {
   depth: number;
   /** Largest READ or WRITE in bytes, a multiple of 4096. Default: as the data's way suggests. */
   ioBytesMax?: number | undefined;
+  /** In place of those of the target. */
+  memory?: MemoryLimits | undefined;
   /** UBLK_F_*, those of the data's way aside. */
   flags: bigint;
   /** Told as soon as the device exists in the driver. */
@@ -140,7 +142,8 @@ export class Device {
         const { depthMax } = control.dialect;
         throw new UsageError(`Queue depth ${options.depth}: this driver takes up to ${depthMax}`);
       }
-      const { limits, zeroCopy } = options.target;
+      const { zeroCopy } = options.target;
+      const limits = { ...options.target.limits, ...options.memory };
       refuseQueues(options.queues, options.target);
       const features = (control.features ?? 0n) & control.dialect.flagsMask;
       const mode = chooseDataMode(options, zeroCopy, options.flags, features);
@@ -174,7 +177,9 @@ export class Device {
         const align = zeroCopyOf(mode.flags) && zeroCopy && "memoryAlignBytes" in zeroCopy
           ? zeroCopy.memoryAlignBytes
           : undefined;
-        await control.setParams(info.id, toParams(limits, info.maxIoBytes, align));
+        const params = toParams(limits, info.maxIoBytes, align);
+        await control.setParams(info.id, params);
+        refuseDroppedParams(params.types!, (await control.getParams(info.id)).types, info.id);
       });
       undo.push(() => control.stopDevice(info.id));
       await queues.during("START_DEV", control.startDevice(info.id, process.pid));
@@ -363,7 +368,10 @@ export function checkOptions(
 }
 
 /** @throws {UsageError} the target cannot be served by so many. */
-function refuseQueues(queues: number, { queuesMax = QUEUES_MAX }: OpenTarget): void {
+export function refuseQueues(
+  queues: number,
+  { queuesMax = QUEUES_MAX }: Pick<OpenTarget, "queuesMax">,
+): void {
   if (queues <= queuesMax) return;
   throw new UsageError(`Number of queues ${queues}: this target can be served by ${queuesMax}`);
 }

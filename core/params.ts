@@ -1,26 +1,36 @@
 // SPDX-License-Identifier: MIT
 /** A device's limits as the driver's parameters, checked. @module */
 
+import { release } from "node:os";
 import type { Unpacked, Values } from "../abi/struct.ts";
 import {
   UBLK_ATTR_FUA,
   UBLK_ATTR_READ_ONLY,
   UBLK_ATTR_VOLATILE_CACHE,
+  UBLK_MIN_SEGMENT_SIZE,
   type UBLK_PARAM_BASIC,
   UBLK_PARAM_TYPE_BASIC,
   UBLK_PARAM_TYPE_DISCARD,
   UBLK_PARAM_TYPE_DMA_ALIGN,
+  UBLK_PARAM_TYPE_SEGMENT,
   type UBLK_PARAMS,
 } from "../abi/ublk_cmd.ts";
-import { UsageError } from "./error.ts";
+import { UblkError, UsageError } from "./error.ts";
 import { SECTOR_BYTES } from "./queue.ts";
-import type { DeviceLimits } from "./target.ts";
+import type { DeviceLimits, MemoryLimits } from "./target.ts";
 
 /** Largest request without data, in sectors: what a u32 of bytes can hold. */
 const DATALESS_SECTORS_MAX = Math.floor(0xffff_ffff / SECTOR_BYTES);
 
 /** What the driver asks of the memory of requests by itself, in bytes. */
 const MEMORY_ALIGN_DEFAULT = 4;
+const MEMORY_ALIGN_MAX = 4096;
+
+/** What it asks of their segments by itself. */
+const SEGMENTS_DEFAULT = 0xffff;
+const SEGMENT_BYTES_DEFAULT = 0xffff_ffff;
+const SEGMENT_BOUNDARY_DEFAULT = 2 ** 32;
+const SEGMENT_BOUNDARY_MAX = 2 ** 52;
 
 /** Larger than the page, the driver refuses a logical block. */
 const BLOCK_BYTES_MAX = 4096;
@@ -51,17 +61,48 @@ export function toParams(
     chunk_sectors: (limits.chunkBytes ?? 0) / SECTOR_BYTES,
     dev_sectors: sizeBytes / SECTOR_BYTES,
   };
-  const aligned = memoryAlignBytes > MEMORY_ALIGN_DEFAULT;
-  const types = UBLK_PARAM_TYPE_BASIC | (aligned ? UBLK_PARAM_TYPE_DMA_ALIGN : 0);
-  const dma = aligned ? { dma: { alignment: memoryAlignBytes - 1 } } : {};
-  if (discardBytes === 0 && !writeZeroes) return { types, basic, ...dma };
+  const memory = memoryParams(limits, memoryAlignBytes);
+  const types = UBLK_PARAM_TYPE_BASIC | memory.types;
+  if (discardBytes === 0 && !writeZeroes) return { ...memory, types, basic };
   const discard = {
     discard_granularity: discardBytes || blockBytes,
     max_discard_sectors: discardBytes === 0 ? 0 : DATALESS_SECTORS_MAX,
     max_write_zeroes_sectors: writeZeroes ? DATALESS_SECTORS_MAX : 0,
     max_discard_segments: 1,
   };
-  return { types: types | UBLK_PARAM_TYPE_DISCARD, basic, discard, ...dma };
+  return { ...memory, types: types | UBLK_PARAM_TYPE_DISCARD, basic, discard };
+}
+
+function memoryParams(limits: MemoryLimits, alignBytes: number) {
+  const { segmentsMax, segmentBytesMax, segmentBoundaryBytes } = limits;
+  const alignment = Math.max(limits.memoryAlignBytes ?? 0, alignBytes);
+  const aligned = alignment > MEMORY_ALIGN_DEFAULT;
+  const segmented = (segmentsMax ?? segmentBytesMax ?? segmentBoundaryBytes) !== undefined;
+  return {
+    types: (aligned ? UBLK_PARAM_TYPE_DMA_ALIGN : 0) | (segmented ? UBLK_PARAM_TYPE_SEGMENT : 0),
+    ...(aligned && { dma: { alignment: alignment - 1 } }),
+    ...(segmented && {
+      seg: {
+        max_segments: segmentsMax ?? SEGMENTS_DEFAULT,
+        max_segment_size: segmentBytesMax ?? SEGMENT_BYTES_DEFAULT,
+        seg_boundary_mask: BigInt((segmentBoundaryBytes ?? SEGMENT_BOUNDARY_DEFAULT) - 1),
+      },
+    }),
+  };
+}
+
+/**
+ * The driver drops the types of parameters that it does not know, silently.
+ *
+ * @param types what was set. @param kept what the driver has.
+ * @throws {UblkError} EOPNOTSUPP: it dropped some.
+ */
+export function refuseDroppedParams(types: number, kept: number, device: number): void {
+  const dropped = types & ~kept;
+  if (dropped === 0) return;
+  const what = dropped & UBLK_PARAM_TYPE_SEGMENT ? "limits of segments" : "an alignment of memory";
+  const hint = `kernel ${release()} lacks ${what} (needs 6.15)`;
+  throw new UblkError({ errno: "EOPNOTSUPP", operation: "SET_PARAMS", device, hint });
 }
 
 /**
@@ -101,7 +142,36 @@ export function refuseOtherLimits(
   );
 }
 
-function checkLimits({ sizeBytes, blockBytes, physicalBlockBytes }: DeviceLimits): void {
+/**
+ * What the driver would refuse, in words.
+ *
+ * @throws {UsageError} naming the limit, its range and its value.
+ */
+export function checkMemoryLimits(limits: MemoryLimits): void {
+  const { memoryAlignBytes, segmentsMax, segmentBytesMax, segmentBoundaryBytes } = limits;
+  const within = (
+    what: string,
+    value: number | undefined,
+    min: number,
+    max: number,
+    power = false,
+  ) => {
+    if (value === undefined) return;
+    const fits = Number.isInteger(value) && value >= min && value <= max;
+    if (fits && (!power || Number.isInteger(Math.log2(value)))) return;
+    const wanted = `${power ? "a power of two " : ""}from ${min} to ${max}`;
+    throw new UsageError(`${what} ${value}: it must be ${wanted}`);
+  };
+  const min = UBLK_MIN_SEGMENT_SIZE;
+  within("Memory alignment", memoryAlignBytes, MEMORY_ALIGN_DEFAULT, MEMORY_ALIGN_MAX, true);
+  within("Number of segments", segmentsMax, 1, SEGMENTS_DEFAULT);
+  within("Segment size", segmentBytesMax, min, SEGMENT_BYTES_DEFAULT);
+  within("Segment boundary", segmentBoundaryBytes, min, SEGMENT_BOUNDARY_MAX, true);
+}
+
+function checkLimits(limits: DeviceLimits): void {
+  const { sizeBytes, blockBytes, physicalBlockBytes } = limits;
+  checkMemoryLimits(limits);
   const isBlock = (bytes: number) => bytes >= SECTOR_BYTES && Number.isInteger(Math.log2(bytes));
   if (!isBlock(blockBytes) || blockBytes > BLOCK_BYTES_MAX) {
     throw new UsageError(`Block size ${blockBytes}: it must be 512, 1024, 2048 or 4096`);

@@ -13,8 +13,20 @@ import type { Shim } from "../ffi/mod.ts";
 import type { Queue } from "./queue.ts";
 import type { QueueThread } from "./queue_thread.ts";
 
+/** How the data of requests lies in the memory of clients. Default: as the driver has it. */
+export interface MemoryLimits {
+  /** It begins at multiples of this; a power of two from 4 to 4096. Default: 4. */
+  memoryAlignBytes?: number | undefined;
+  /** A request's data is in so many pieces at most, 1 to 65535. Default: 65535. */
+  segmentsMax?: number | undefined;
+  /** Bytes of a piece, from 4096 on. Default: 4 GiB - 1. */
+  segmentBytesMax?: number | undefined;
+  /** No piece crosses a multiple of this; a power of two from 4096 on. Default: 4 GiB. */
+  segmentBoundaryBytes?: number | undefined;
+}
+
 /** What the block layer is told about a device. All sizes in bytes. */
-export interface DeviceLimits {
+export interface DeviceLimits extends MemoryLimits {
   /** A multiple of blockBytes. */
   sizeBytes: number;
   /** Logical block: the unit of every request. A power of two, 512 or more. */

@@ -3,8 +3,8 @@
  * `fault`: another device that fails as disks do: errors, delays, short transfers, and a volatile
  * write cache that a power cut leaves lost, torn or kept.
  *
- * For testing what is built on a device. One generator of random numbers, seeded, is asked when a
- * request arrives: the same requests in the same order meet the same faults. Several faults, or
+ * For testing what is built on a device. A generator of random numbers for each queue, seeded, is
+ * asked when a request arrives: the same requests in the same order meet the same faults. Several faults, or
  * several ranges, are one `fault` around another.
  * @module
  */
@@ -23,7 +23,7 @@ import {
   type ZeroRequest,
 } from "../core/define_target.ts";
 import { UblkError, UsageError } from "../core/error.ts";
-import { memoryDevice } from "./memory.ts";
+import { type Memory, memoryDevice, reserve } from "./memory.ts";
 
 /** What a fault may strike. */
 export type FaultOperation = "read" | "write" | "flush" | "discard" | "writeZeroes";
@@ -304,6 +304,11 @@ export function fault(device: BlockDevice, options: FaultOptions = {}): FaultyDe
     blockSize,
     ...(device.maxConcurrent !== undefined && { maxConcurrent: device.maxConcurrent }),
     ...(device.timeoutMs !== undefined && { timeoutMs: device.timeoutMs }),
+    ...(device.memory && { memory: device.memory }),
+    // What is in a cache, other queues' devices would not see.
+    ...(cache
+      ? { maxQueues: 1 }
+      : device.maxQueues !== undefined && { maxQueues: device.maxQueues }),
     handlesFua: cache !== undefined || device.handlesFua === true,
     cutPower,
     read: (request) =>
@@ -397,8 +402,9 @@ export const faultTarget: Target = defineTarget({
     },
     cutAfter: { type: "number", description: "the power is cut in the so-manieth write" },
   },
-  open({ file, size, operations, to, cutAfter, ...rest }) {
-    const device = file === undefined ? memoryDevice(size, 512) : fileDevice(file);
+  share: ({ file, size }) => file === undefined ? reserve(size) : undefined,
+  open({ file, size, operations, to, cutAfter, ...rest }, memory: Memory | undefined) {
+    const device = file === undefined ? memoryDevice(size, 512, memory) : fileDevice(file);
     return fault(device, {
       ...rest,
       operations: operations.split(",") as FaultOperation[],

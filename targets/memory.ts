@@ -23,13 +23,14 @@ const SIZE_MAX = 8 * 1024 ** 4;
 /** Unit in which it is known what was written. */
 const CLUSTER_BYTES = 64 * 1024;
 
-interface Memory {
+export interface Memory {
   chunks: SharedArrayBuffer[];
   /** A byte for each cluster: 1 once it was written. */
   written: SharedArrayBuffer;
 }
 
-function reserve(size: number): Memory {
+/** @returns what the devices of all threads share. @throws {UsageError | UblkError} it is too much. */
+export function reserve(size: number): Memory {
   if (size > SIZE_MAX) {
     throw new UsageError(`Size ${size}: memory can have up to ${SIZE_MAX} bytes`);
   }

@@ -19,7 +19,13 @@ import {
   type TargetDefinition,
   toDefinition,
 } from "../core/define_target.ts";
-import { checkOptions, DEPTH_DEFAULT, IO_BYTES_DEFAULT, QUEUES_DEFAULT } from "../core/device.ts";
+import {
+  checkOptions,
+  DEPTH_DEFAULT,
+  IO_BYTES_DEFAULT,
+  QUEUES_DEFAULT,
+  refuseQueues,
+} from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { toParams } from "../core/params.ts";
 import { openHere } from "../core/queue_thread.ts";
@@ -239,6 +245,7 @@ async function openServed(
   const all = [first];
   if (!definition.share) return all;
   try {
+    refuseQueues(queues, first.description!);
     while (all.length < queues) {
       const shared = structuredClone(first.description!.shared);
       all.push(await openDefinition(definition, values, shared, log));

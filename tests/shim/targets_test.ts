@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
-import { checkAgainstModel } from "../../testing/mod.ts";
+import { checkAgainstModel, openForTesting } from "../../testing/mod.ts";
 import { faultTarget } from "../../targets/fault.ts";
 import { memoryTarget } from "../../targets/memory.ts";
 
@@ -26,3 +26,14 @@ test(
     await checkAgainstModel(faultTarget, { ...CHECK, options });
   },
 );
+
+test("fault's queues share what it keeps, except with a cache", TIMEOUT, async () => {
+  const options = { size: "1M", delayRate: 0.05, delayMs: 1, shortRate: 0.5 };
+  const { requests } = await checkAgainstModel(faultTarget, { ...CHECK, queues: 2, options });
+  assert.ok(requests > 0);
+  const cached = { options: { size: "1M", cache: true }, queues: 2 };
+  await assert.rejects(openForTesting(faultTarget, cached), {
+    name: "UsageError",
+    message: /by 1$/,
+  });
+});

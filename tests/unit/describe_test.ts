@@ -195,9 +195,13 @@ test("describeParams names what the device has, in bytes", () => {
     max_write_zeroes_sectors: 16,
     max_discard_segments: 1,
   };
+  const seg = { max_segments: 9, max_segment_size: 8192, seg_boundary_mask: 65535 };
   const describe = (types: number) =>
     describeParams(
-      unpack(UBLK_PARAMS, pack(UBLK_PARAMS, { types, basic, discard, dma: { alignment: 511 } })),
+      unpack(
+        UBLK_PARAMS,
+        pack(UBLK_PARAMS, { types, basic, discard, dma: { alignment: 511 }, seg }),
+      ),
     );
   const expected = {
     attributes: ["volatile cache", "FUA"],
@@ -220,6 +224,10 @@ test("describeParams names what the device has, in bytes", () => {
       segmentsMax: 1,
     },
     memoryAlignBytes: 512,
+  });
+  assert.deepStrictEqual(describe(1 | 32), {
+    ...expected,
+    segments: { max: 9, bytesMax: 8192, boundaryBytes: 65536 },
   });
 });
 

@@ -9,10 +9,11 @@ import {
   UBLK_PARAM_TYPE_BASIC,
   UBLK_PARAM_TYPE_DISCARD,
   UBLK_PARAM_TYPE_DMA_ALIGN,
+  UBLK_PARAM_TYPE_SEGMENT,
   UBLK_PARAMS,
 } from "../../abi/ublk_cmd.ts";
 import { UsageError } from "../../core/error.ts";
-import { refuseOtherLimits, toParams } from "../../core/params.ts";
+import { refuseDroppedParams, refuseOtherLimits, toParams } from "../../core/params.ts";
 import type { DeviceLimits } from "../../core/target.ts";
 
 const LIMITS: DeviceLimits = {
@@ -192,4 +193,69 @@ test("another server takes a device only as it is: size, block, writability and 
   for (const [change, message] of refused) {
     assert.throws(() => check(change), { name: "UsageError", message });
   }
+});
+
+test("toParams: a chosen alignment holds beside what zero copy asks, whichever is more", () => {
+  const dma = (chosen?: number, asked?: number) =>
+    toParams({ ...LIMITS, memoryAlignBytes: chosen }, IO_BYTES, asked).dma;
+  assert.deepStrictEqual(dma(512, 4), { alignment: 511 });
+  assert.deepStrictEqual(dma(512, 4096), { alignment: 4095 });
+  assert.deepStrictEqual(dma(4096), { alignment: 4095 });
+  assert.strictEqual(dma(4), undefined, "the driver's own");
+});
+
+test("toParams: of segments, what is not said is the driver's own", () => {
+  const own = {
+    max_segments: 65535,
+    max_segment_size: 0xffff_ffff,
+    seg_boundary_mask: 0xffff_ffffn,
+  };
+  const params = (limits: Partial<DeviceLimits>) => toParams({ ...LIMITS, ...limits }, IO_BYTES);
+  assert.deepStrictEqual(params({}).seg, undefined);
+  for (
+    const [limits, seg] of [
+      [{ segmentsMax: 7 }, { max_segments: 7 }],
+      [{ segmentBytesMax: 4096 }, { max_segment_size: 4096 }],
+      [{ segmentBoundaryBytes: 8192 }, { seg_boundary_mask: 8191n }],
+    ] as const
+  ) {
+    const { types, ...rest } = params(limits);
+    assert.deepStrictEqual(rest.seg, { ...own, ...seg });
+    assert.strictEqual(types, UBLK_PARAM_TYPE_BASIC | UBLK_PARAM_TYPE_SEGMENT);
+  }
+});
+
+test("toParams refuses what the driver would, naming it", () => {
+  for (
+    const [limits, message] of [
+      [{ memoryAlignBytes: 2 }, "Memory alignment 2: it must be a power of two from 4 to 4096"],
+      [{ memoryAlignBytes: 513 }, /alignment 513/],
+      [{ memoryAlignBytes: 8192 }, /alignment 8192/],
+      [{ segmentsMax: 0 }, "Number of segments 0: it must be from 1 to 65535"],
+      [{ segmentsMax: 65536 }, /65536/],
+      [{ segmentsMax: 1.5 }, /1\.5/],
+      [{ segmentBytesMax: 4095 }, "Segment size 4095: it must be from 4096 to 4294967295"],
+      [{ segmentBoundaryBytes: 2048 }, /boundary 2048: it must be a power of two from 4096 to/],
+      [{ segmentBoundaryBytes: 12288 }, /12288/],
+    ] as const
+  ) {
+    const refuse = () => toParams({ ...LIMITS, ...limits }, IO_BYTES);
+    assert.throws(refuse, { name: "UsageError", message });
+  }
+});
+
+test("refuseDroppedParams tells what an older kernel has dropped", () => {
+  const all = UBLK_PARAM_TYPE_BASIC | UBLK_PARAM_TYPE_SEGMENT | UBLK_PARAM_TYPE_DMA_ALIGN;
+  refuseDroppedParams(all, all, 0);
+  refuseDroppedParams(UBLK_PARAM_TYPE_BASIC, all, 0);
+  const refused = (kept: number) => () => refuseDroppedParams(all, kept, 3);
+  const errno = "EOPNOTSUPP";
+  assert.throws(refused(all & ~UBLK_PARAM_TYPE_SEGMENT), {
+    errno,
+    message: /lacks limits of segm/,
+  });
+  assert.throws(refused(all & ~UBLK_PARAM_TYPE_DMA_ALIGN), {
+    errno,
+    message: /lacks an alignment/,
+  });
 });
