@@ -9,12 +9,27 @@
  * @module
  */
 
+import { readFileSync } from "node:fs";
 import process from "node:process";
 import { isMainThread } from "node:worker_threads";
+import { pathOf } from "../ffi/path.ts";
+
+/** File names are bytes; the runtimes have put U+FFFD for what is no UTF-8. */
+function restoreArguments(): void {
+  const { argv } = process;
+  if (!argv.some((word) => word.includes("\ufffd"))) return;
+  const line = readFileSync("/proc/self/cmdline");
+  const words: string[] = [];
+  for (let from = 0, to; (to = line.indexOf(0, from)) >= 0; from = to + 1) {
+    words.push(pathOf(line.subarray(from, to)));
+  }
+  argv.splice(2, argv.length, ...words.slice(words.length - (argv.length - 2)));
+}
 
 async function main(): Promise<number> {
   const { SERVE_VERB } = await import("./start_server.ts");
   if (process.argv[2] === SERVE_VERB) return await (await import("./server.ts")).runServer();
+  restoreArguments();
   return await (await import("./program.ts")).runProgram();
 }
 

@@ -8,6 +8,7 @@
  */
 
 import { errnoName, errnoText } from "../abi/errno.ts";
+import { shownPath } from "../ffi/path.ts";
 
 /** What a `UblkError` is made of. */
 export interface UblkErrorDetails {
@@ -49,11 +50,8 @@ export class UblkError extends Error {
     const advice = hint ?? hintFor(operation, errno);
     const where = device === undefined ? "" : ` on device ${device}`;
     const text = errnoText(errno) === errno ? "" : errnoText(errno);
-    super(
-      `Cannot ${operation}${where}: ${errno}${text ? `, ${text}` : ""}` +
-        (advice ? ` (${advice})` : ""),
-      { cause },
-    );
+    const message = `Cannot ${operation}${where}: ${errno}${text ? `, ${text}` : ""}`;
+    super(shownPath(message + (advice ? ` (${advice})` : "")), { cause });
     this.errno = errno;
     this.operation = operation;
     this.device = device;
@@ -80,6 +78,11 @@ export class UblkError extends Error {
 export class UsageError extends Error {
   /** Always "UsageError". */
   override readonly name = "UsageError";
+
+  /** What was asked for, what there is, and what to say instead. */
+  constructor(message: string, options?: ErrorOptions) {
+    super(shownPath(message), options);
+  }
 }
 
 /** An error on its way to another thread, where it would lose its class. */

@@ -6,6 +6,7 @@
  */
 
 import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { pathOf } from "../ffi/path.ts";
 
 export function namesIn(path: string): string[] {
   try {
@@ -23,9 +24,11 @@ export function contents(path: string): string {
   }
 }
 
+/** As ffi/path.ts writes names that are no UTF-8; under Deno such a link counts as not there. */
 export function linkTarget(path: string): string {
   try {
-    return readlinkSync(path);
+    const target: Uint8Array | string = readlinkSync(path, "buffer");
+    return typeof target === "string" ? target : pathOf(target); // Deno's is a string all the same.
   } catch {
     return "";
   }

@@ -9,6 +9,7 @@
  */
 
 import { loadShim, unpack } from "./load.ts";
+import { pathBytes } from "./path.ts";
 import type { Adapter, Native, Watch } from "./symbols.ts";
 
 const { adapter }: { adapter: Adapter } = "Bun" in globalThis
@@ -214,7 +215,7 @@ export class Shim {
 
   /** @param flags O_* of open(2). @returns a descriptor, or -errno. */
   open(path: string, flags: number): number {
-    return this.native.ubd_open(new TextEncoder().encode(`${path}\0`), flags);
+    return this.native.ubd_open(pathBytes(path), flags);
   }
 
   /** Keeps this thread to those of its CPUs that are listed, if there are any. */
