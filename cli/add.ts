@@ -24,9 +24,16 @@ import { readState } from "../core/state.ts";
 import { charDeviceOpeners } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { NULL_SIZE_DEFAULT } from "../targets/null.ts";
-import { findDefinition, findTarget, isDefined, TARGET_NAMES } from "../targets/mod.ts";
+import {
+  declaredOptions,
+  findDefinition,
+  findTarget,
+  isDefined,
+  TARGET_NAMES,
+} from "../targets/mod.ts";
 import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
+import { backingFile, descriptorNumber, filesOf, holdFiles } from "./backing_files.ts";
 import { describeDevice, dumpDevice, isNoneOfOurs } from "./describe.ts";
 import { print, printJson, tell } from "./output.ts";
 import { serve } from "./server.ts";
@@ -328,14 +335,18 @@ async function add(
 ): Promise<void> {
   const spec = toSpec(target, files, options);
   if (options.foreground) {
-    becomeFlusher(new Shim());
+    const shim = new Shim();
+    becomeFlusher(shim, filesOf(spec).flatMap(({ typed = "" }) => descriptorNumber(typed) ?? []));
     let shown: Promise<void> | undefined;
     const onLive = (live: Live) => {
       notify(`READY=1\nSTATUS=${live.path} is live`);
       shown = show(live, options);
     };
-    const adopted = await waitingDevice(spec);
-    await serve({ ...spec, ...adopted }, { daemon: false, log: tell, onAdded: () => {}, onLive });
+    const { recover, files } = await waitingDevice(spec);
+    const whole = { ...spec, ...(recover !== undefined && { recover }), ...(files && { files }) };
+    const source = recover === undefined ? undefined : { device: recover };
+    const held = holdFiles(shim, filesOf(whole), source);
+    await serve(whole, { held, daemon: false, log: tell, onAdded: () => {}, onLive });
     await shown;
   } else {
     await show(await startServer(spec), options);
@@ -344,9 +355,10 @@ async function add(
 
 /**
  * A service manager starts a server that died with the same words again: is the device that they
- * name waiting for a server, and was it added with the same, it is taken over.
+ * name waiting for a server, and was it added with the same, it is taken over, with the files that it
+ * was made of.
  */
-async function waitingDevice(spec: ServerSpec): Promise<{ recover?: number }> {
+async function waitingDevice(spec: ServerSpec): Promise<Pick<ServerSpec, "recover" | "files">> {
   const { id } = spec.device;
   if (id < 0 || !spec.recovery) return {};
   using control = await Control.open();
@@ -361,8 +373,18 @@ async function waitingDevice(spec: ServerSpec): Promise<{ recover?: number }> {
   if (!known || charDeviceOpeners(control.dialect.charName(id)).length > 0) return {};
   // What the device itself has, the driver knows; and what was not said may have had another
   // default in the executable that added it.
-  const said = (one: unknown) => ({ ...JSON.parse(JSON.stringify(one)), device: undefined });
-  if (isDeepStrictEqual(said(known.spec), said(spec))) return { recover: id };
+  const said = (one: unknown) => ({
+    ...JSON.parse(JSON.stringify(one)),
+    device: undefined,
+    files: undefined,
+  });
+  if (isDeepStrictEqual(said(known.spec), said(spec))) {
+    const files = filesOf(known.spec as ServerSpec).map((file) => {
+      const { typed } = spec.files?.find(({ path }) => path === file.path) ?? {};
+      return typed === undefined ? file : { ...file, typed };
+    });
+    return { recover: id, files };
+  }
   throw new UblkError({
     errno: "EEXIST",
     operation: "add",
@@ -441,20 +463,24 @@ export function toSpec(
   }
   const opt = isHttp ? collectOption(`url=${named}`, options.opt) : options.opt;
   const own = { ...options, ...(opt && { opt }) };
-  return { device, ...lasting, target: toTarget(name, defined, paths, own) };
+  const several = name === "concat" || name === "stripe";
+  if (!several && paths.length > 1) throw new UsageError(`Target ${name} takes one file`);
+  if (defined) return { device, ...lasting, ...toDefinedTarget(name, paths[0], own) };
+  const backings = paths.map(backingFile);
+  return {
+    device,
+    ...lasting,
+    target: toTarget(name, backings.map(({ path }) => path), own),
+    ...(backings.length > 0 && { files: backings }),
+  };
 }
 
-/** The target's part of the spec. The server's working directory is another one. */
+/** The target's part of the spec. */
 function toTarget(
   name: string,
-  defined: boolean,
-  paths: readonly string[],
+  files: readonly string[],
   options: AddOptions,
 ): ServerSpec["target"] {
-  const files = paths.map((path) => resolve(path));
-  const several = name === "concat" || name === "stripe";
-  if (!several && files.length > 1) throw new UsageError(`Target ${name} takes one file`);
-  if (defined) return toDefinedTarget(name, files[0], options);
   const common = {
     ...(options.size !== undefined && { sizeBytes: options.size }),
     ...(options.blockSize !== undefined && { blockBytes: options.blockSize }),
@@ -467,7 +493,7 @@ function toTarget(
     buffered: (options.buffered || options.buffered_io) ?? false,
     force: options.force ?? false,
   };
-  if (several) {
+  if (name !== "loop") {
     const chunk = options.chunk !== undefined && { chunkBytes: options.chunk };
     return { name, options: { ...access, files, ...chunk } };
   }
@@ -476,19 +502,33 @@ function toTarget(
   return { name, options: { ...access, file: files[0], offsetBytes } };
 }
 
-/** Of a target written with defineTarget: it declares what it takes, and says so. */
+/**
+ * Of a target written with defineTarget: it declares what it takes, and says so. What files those of
+ * a module name is known once it is loaded.
+ */
 function toDefinedTarget(
   name: string,
   file: string | undefined,
   { opt = {}, size, blockSize }: AddOptions,
-): ServerSpec["target"] {
+): Pick<ServerSpec, "target" | "files"> {
   const also = Object.entries({ file, size, blockSize }).filter(([, value]) => value !== undefined);
   const twice = also.find(([key]) => Object.hasOwn(opt, key));
   if (twice) throw new UsageError(`--opt ${twice[0]}: it is given twice`);
-  const own = { options: { ...opt, ...Object.fromEntries(also) }, directory: process.cwd() };
-  return isModule(name)
-    ? { name: MODULE_TARGET, options: { ...own, file: resolve(name) } }
-    : { name, options: own };
+  const given: Record<string, unknown> = { ...opt, ...Object.fromEntries(also) };
+  const directory = process.cwd(); // The server's is another one.
+  if (isModule(name)) {
+    const options = { options: given, directory, file: resolve(name) };
+    return { target: { name: MODULE_TARGET, options } };
+  }
+  const files = Object.entries(declaredOptions(name)).flatMap(([option, { type }]) => {
+    const typed = given[option];
+    if ((type !== "file" && type !== "path") || typeof typed !== "string") return [];
+    const backing = backingFile(typed);
+    given[option] = backing.path;
+    return [{ ...backing, ...(type === "path" && { optional: true }) }];
+  });
+  const target = { name, options: { options: given, directory } };
+  return { target, ...(files.length > 0 && { files }) };
 }
 
 /** Our option, or the switches of `ublk`, of which reissue and fail each imply recovery. */

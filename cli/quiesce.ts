@@ -13,8 +13,10 @@ import { Control, lackError } from "../core/control.ts";
 import { checkpoint } from "../core/checkpoint.ts";
 import { Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
+import { MODULE_TARGET } from "../targets/module.ts";
 import { show } from "./add.ts";
 import { printJson, tell } from "./output.ts";
+import { filesOf, holdFiles, type Source } from "./backing_files.ts";
 import { knownState } from "./recover.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
@@ -74,14 +76,22 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
     const hint = "it was added with --recovery=fail, so I/O fails meanwhile; add --force to accept";
     throw new UblkError({ errno: "EBUSY", operation: "upgrade", device: id, hint });
   }
+  const next = { ...spec as ServerSpec, recover: id };
+  const held = holdFiles(control.shim, filesOf(next), await sourceOf(control, id, next));
   await Device.quiesce(control, id);
   checkpoint("quiesced");
   try {
-    await show(await startServer({ ...spec as ServerSpec, recover: id }), options);
+    await show(await startServer(next, { held }), options);
   } catch (error) {
     tell(`device ${id} waits for a server: ubd recover -n ${id}`);
     throw error;
   }
+}
+
+/** A module opens its files by their names again, in its own way. */
+async function sourceOf(control: Control, id: number, { target }: ServerSpec): Promise<Source> {
+  const { pid } = await control.getDeviceInfo(id);
+  return { device: id, ...(pid > 0 && target.name !== MODULE_TARGET && { pid }) };
 }
 
 /** @returns the device's flags. @throws {UblkError} what device or kernel lacks. */

@@ -6,6 +6,7 @@ import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { type DeviceState, findState, statePath } from "../core/state.ts";
 import { show } from "./add.ts";
+import { filesOf, holdFiles } from "./backing_files.ts";
 import { specOf } from "./spec.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
@@ -19,20 +20,21 @@ export function defineRecover(program: Command): void {
     )
     .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
     .option("-n, --number <id>", "device id", parseDeviceId)
+    .option("--force", "serve what now has the name of a file that was replaced, or deleted")
     .action(recover);
 }
 
 async function recover(
   device: number | undefined,
-  { number, json }: { number?: number; json?: boolean },
+  { number, force, json }: { number?: number; force?: boolean; json?: boolean },
 ): Promise<void> {
   const id = oneDeviceId("recover", device, number);
   using control = await Control.open();
   control.requireCommand("START_USER_RECOVERY", "recover", id);
   const state = await knownState(control, id, "recover");
-  await show(await startServer({ ...state.spec, recover: id }), {
-    json: json ?? false,
-  });
+  const spec = { ...state.spec, recover: id };
+  const held = holdFiles(control.shim, filesOf(spec), { device: id, force: force ?? false });
+  await show(await startServer(spec, { held }), { json: json ?? false });
 }
 
 /**

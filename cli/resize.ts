@@ -16,6 +16,7 @@ import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import { printJson, tell } from "./output.ts";
+import { filesOf, holdFiles } from "./backing_files.ts";
 import { knownState } from "./recover.ts";
 import type { ServerSpec } from "./start_server.ts";
 import { formatSize, oneDeviceId, parseDeviceId, parseSize } from "./size.ts";
@@ -59,7 +60,8 @@ async function resize(
   const { spec } = await knownState(control, id, "resize");
   control.require(UBLK_F_UPDATE_SIZE, "UPDATE_SIZE", id);
   // Kernels before 7.0 fall over a device that was never started.
-  if ((await control.getDeviceInfo(id)).state === UBLK_S_DEV_DEAD) {
+  const { state, pid } = await control.getDeviceInfo(id);
+  if (state === UBLK_S_DEV_DEAD) {
     const hint = "it is not LIVE: see ubd list";
     throw new UblkError({ errno: "EINVAL", operation: "UPDATE_SIZE", device: id, hint });
   }
@@ -70,10 +72,17 @@ async function resize(
     throw new UblkError({ errno: "EOPNOTSUPP", operation: "resize", device: id, hint });
   }
   const { sizeBytes: _, ...rest } = options;
+  const { shim, dialect } = control;
+  // What its server has open is the device's, whatever has the name by now.
+  const held = holdFiles(shim, filesOf(spec as ServerSpec), {
+    device: id,
+    ...(pid > 0 && { pid }),
+  });
   const sizeBytes = findTarget(name).measure(
     wanted === undefined ? rest : { ...rest, sizeBytes: wanted },
-    { shim: control.shim, hasVolatileCache: control.dialect.hasVolatileCache },
+    { shim, hasVolatileCache: dialect.hasVolatileCache, held: held.find },
   );
+  held.close();
   if (sizeBytes < before && !force) {
     throw new UsageError(
       `Size ${sizeBytes}: device ${id} has ${before} bytes. Make what is on it smaller first, ` +

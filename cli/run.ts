@@ -55,7 +55,7 @@ async function run(words: string[], options: AddOptions): Promise<void> {
   const spec = toSpec(target, files, options);
 
   let leash: Writable | undefined;
-  const live = await startServer(spec, (held) => leash = held);
+  const live = await startServer(spec, { hold: (held) => leash = held });
   try {
     process.exitCode = await runCommand(command, live);
   } finally {

@@ -5,8 +5,6 @@
  * @module
  */
 
-import { existsSync } from "node:fs";
-import { stat } from "node:fs/promises";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import {
@@ -18,29 +16,24 @@ import {
   UBLK_F_USER_RECOVERY,
   UBLK_F_USER_RECOVERY_FAIL_IO,
   UBLK_F_USER_RECOVERY_REISSUE,
-  UBLK_S_DEV_DEAD,
-  UBLK_S_DEV_LIVE,
 } from "../abi/ublk_cmd.ts";
 import { Control, lackError } from "../core/control.ts";
 import { Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
 import { detachMounts, harden, hasOwnMounts } from "../core/isolation.ts";
-import { SECTOR_BYTES } from "../core/queue.ts";
-import { openInThread } from "../core/queue_thread.ts";
-import type { OpenTarget } from "../core/target.ts";
 import { makeStateDirectory, readState, removeState, writeState } from "../core/state.ts";
 import { deviceUsers } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
-import { findTarget, isDefined } from "../targets/mod.ts";
-import type { ModuleSpec } from "../targets/module.ts";
+import { isDefined } from "../targets/mod.ts";
+import { MODULE_TARGET, type ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
-import { deviceIds, isNoneOfOurs } from "./describe.ts";
+import { filesOf, type HeldFiles, heldFiles } from "./backing_files.ts";
 import { boundDeviceLog, deviceLogRemover, nameDeviceLog } from "./device_log.ts";
 import { EXIT, toFailure } from "./exit.ts";
 import { createServerLog, type ServerLog } from "./server_log.ts";
-import { specOf } from "./spec.ts";
 import {
   answer,
+  handedFds,
   interruption,
   isSupervisor,
   LEASHED,
@@ -50,6 +43,7 @@ import {
   type ServerSpec,
   STOPPING_SIGNAL,
 } from "./start_server.ts";
+import { openTarget } from "./open_target.ts";
 import { supervise } from "./supervise.ts";
 import { surviveShutdown } from "./systemd.ts";
 import { versionOf, watchModule } from "./watch.ts";
@@ -60,13 +54,12 @@ const RECOVERY_FLAGS: Record<RecoveryMode, bigint> = {
   fail: UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO,
 };
 
-const LOCK_PATIENCE_MS = 10_000;
-const STAT_PATIENCE_MS = 2000;
-
 /** How often a server without a leash looks whether its device is still used. */
 const USERS_PAUSE_MS = 500;
 
 export interface ServeOptions {
+  /** The files of the spec. */
+  held: HeldFiles;
   daemon: boolean;
   log: ServerLog;
   /** The device exists in the driver. */
@@ -90,7 +83,7 @@ export interface ServeOptions {
  */
 export async function serve(
   spec: ServerSpec,
-  { daemon, log, onAdded, onLive, accepted, unneeded }: ServeOptions,
+  { held, daemon, log, onAdded, onLive, accepted, unneeded }: ServeOptions,
 ): Promise<void> {
   const stopOrdered = Promise.withResolvers<"signal">();
   let ours = spec.recover === undefined;
@@ -116,7 +109,7 @@ export async function serve(
   const watched = spec.watch ? (spec.target.options as unknown as ModuleSpec).file : undefined;
   const loaded = watched === undefined ? 0 : versionOf(watched);
   makeStateDirectory(); // Before there is anything to undo.
-  const target = await openTarget(control, spec, goOn, log);
+  const { target, files } = await openTarget(control, spec, held, goOn, log);
   const served = { targetName, target, queueThreadEntry, log };
   const device = recover === undefined
     ? await Device.create(control, {
@@ -156,7 +149,7 @@ export async function serve(
     nodes: device.nodes,
     target: facts,
     queues: [...device.queues],
-    spec: lasting,
+    spec: { ...lasting, ...(files.length > 0 && { files }) },
   };
   try {
     writeState(id, state);
@@ -212,113 +205,6 @@ async function unused(blockName: string): Promise<void> {
   while ((await deviceUsers(blockName)).length > 0) await sleep(USERS_PAUSE_MS);
 }
 
-/**
- * In recovery, the kernel may still be letting go of what the old server had locked, and it knows
- * the device's size: that may have changed since it was added.
- *
- * @param goOn called before each try; may throw.
- */
-async function openTarget(
-  control: Control,
-  spec: ServerSpec,
-  goOn: () => void,
-  log: (text: string) => void,
-): Promise<OpenTarget> {
-  const { dialect, shim } = control;
-  const { name } = spec.target;
-  if (isDefined(name)) {
-    const { options } = spec.target;
-    const { file, options: given } = options as Partial<ModuleSpec>;
-    const facts = { ...(file && { module: file }), ...given } as OpenTarget["facts"];
-    return await openInThread(queueThreadEntry, { name, spec: options }, facts, shim, log);
-  }
-  if (spec.recover === undefined) await refuseAwaited(control, spec);
-  const options = spec.recover === undefined ? spec.target.options : {
-    ...spec.target.options,
-    sizeBytes: Number((await control.getParams(spec.recover)).basic.dev_sectors) * SECTOR_BYTES,
-  };
-  const context = { shim, hasVolatileCache: dialect.hasVolatileCache };
-  const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
-  for (;;) {
-    goOn();
-    try {
-      return findTarget(name).open(options, context);
-    } catch (error) {
-      const busy = error instanceof UblkError && error.errno === "EBUSY";
-      if (!busy) throw error;
-      if (performance.now() > deadline) throw (await hasServer(control, spec.recover)) ?? error;
-      await sleep(100);
-    }
-  }
-}
-
-/** What to say when the files of a device that is to be recovered stay locked: mostly this. */
-async function hasServer(control: Control, id?: number): Promise<UblkError | undefined> {
-  if (id === undefined) return undefined;
-  const { pid } = await control.getDeviceInfo(id);
-  if (pid <= 0 || !existsSync(`/proc/${pid}`)) return undefined;
-  const hint = `its server, process ${pid}, is alive; ubd upgrade -n ID replaces it by another`;
-  return new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
-}
-
-/**
- * A device that waits for its next server keeps no lock on its files, and yet may be mounted: who
- * served them a second time would write behind its back.
- *
- * @throws {UblkError} EBUSY: such a device has one of these files.
- */
-async function refuseAwaited(control: Control, spec: ServerSpec): Promise<void> {
-  if (spec.target.options.force) return;
-  const files = await filesOf(spec);
-  if (files.length === 0) return;
-  for (const id of deviceIds(control)) {
-    const known = readState(id);
-    const told = known && specOf(known);
-    if (!told || !("spec" in told)) continue; // The next server of that device cannot be told it, too.
-    const other = told.spec;
-    if (!other.recovery || (spec.target.options.readOnly && other.target.options.readOnly)) {
-      continue;
-    }
-    if (!(await awaitsServer(control, id))) continue;
-    const shared = (await filesOf(other)).find(({ key }) => files.some((file) => file.key === key));
-    if (!shared) continue;
-    throw new UblkError({
-      errno: "EBUSY",
-      operation: `serve ${shared.path}`,
-      hint: `device ${id} has it, and waits for a server: ubd recover -n ${id}, or ` +
-        `ubd del -n ${id}; add --force if you are sure`,
-    });
-  }
-}
-
-/** While the last server of a device lives, its lock is enough. */
-async function awaitsServer(control: Control, id: number): Promise<boolean> {
-  try {
-    const { state, targetFlags } = await control.getDeviceInfo(id);
-    const known = readState(id, targetFlags);
-    if (!known) return false; // It is another device.
-    if (state === UBLK_S_DEV_LIVE) return !existsSync(`/proc/${known.pid}`);
-    return state !== UBLK_S_DEV_DEAD;
-  } catch (error) {
-    if (isNoneOfOurs(error)) return false;
-    throw error;
-  }
-}
-
-/** What a built-in target has its data in, as far as it is there and answers. */
-async function filesOf({ target: { name, options } }: ServerSpec) {
-  if (isDefined(name)) return [];
-  const { file, files = [] } = options as { file?: string; files?: string[] };
-  const found: { path: string; key: string }[] = [];
-  for (const path of [...(file === undefined ? [] : [file]), ...files]) {
-    // A network's mount may be what that server died of; a new one must not wait for it as well.
-    const late = sleep(STAT_PATIENCE_MS, undefined, { ref: false });
-    const stats = await Promise.race([stat(path).catch(() => undefined), late]);
-    if (stats) found.push({ path, key: `${stats.dev}:${stats.ino}` });
-  }
-  return found;
-}
-
 /** The hidden verb's whole program. */
 export async function runServer(): Promise<number> {
   const leashed = process.argv.includes(LEASHED);
@@ -333,6 +219,7 @@ export async function runServer(): Promise<number> {
   try {
     if (isSupervisor(spec)) return await supervise(spec, log);
     await serve(spec, {
+      held: heldFiles(shim, filesOf(spec), handedFds(spec)),
       daemon: true,
       log,
       onAdded: (id) => answer({ type: "added", id }),
@@ -345,7 +232,7 @@ export async function runServer(): Promise<number> {
               `unmount ${live.path} there before it ends`,
             true,
           );
-        } else if (!isDefined(spec.target.name)) {
+        } else if (spec.target.name !== MODULE_TARGET) {
           detachMounts(shim);
         }
         answer({ type: "live", live });

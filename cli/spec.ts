@@ -19,6 +19,18 @@ const isOneOf = (words: readonly unknown[]): Fits => (value) => words.includes(v
 
 const RECOVERY_MODES: readonly RecoveryMode[] = ["wait", "reissue", "fail"];
 
+const isIdentity: Fits = (value) => {
+  if (!isRecord(value)) return false;
+  const { device, inode, born, generation, diskSequence } = value;
+  return isText(device) &&
+    [inode, born, diskSequence].every((it) => it === undefined || isText(it)) &&
+    (generation === undefined || isBytes(generation));
+};
+const isBackingFile: Fits = (value) =>
+  isRecord(value) && isText(value.path) &&
+  (value.optional === undefined || isSwitch(value.optional)) &&
+  (value.identity === undefined || isIdentity(value.identity));
+
 /** What may be absent, and has this form when it is there. What else is there is left alone. */
 const SPEC: Record<string, Fits> = {
   recovery: isOneOf(RECOVERY_MODES),
@@ -27,6 +39,7 @@ const SPEC: Record<string, Fits> = {
   rootStorage: isSwitch,
   unprivileged: isSwitch,
   lockMemory: isSwitch,
+  files: (value) => Array.isArray(value) && value.every(isBackingFile),
 };
 const DEVICE: Record<string, Fits> = {
   zeroCopy: isOneOf(ZERO_COPY_WISHES),

@@ -8,7 +8,8 @@
  * - 0: the spec goes in, one line of JSON;
  * - 1 and 2: the device's log (cli/device_log.ts), whoever prints there;
  * - 3: answers come back, one JSON object a line: the device's id once it exists, then `live` or
- *   `failed`. What else is written there is an error, and ends the server.
+ *   `failed`. What else is written there is an error, and ends the server;
+ * - from 4 on: the files of the spec (cli/backing_files.ts).
  * A server that dies in between leaves a device, which the caller deletes.
  * A caller that has heard `live` ends standard input: until then, to interrupt a server that takes
  * a device over is to leave the device waiting.
@@ -29,6 +30,8 @@ import { UblkError } from "../core/error.ts";
 import { asFlusher, inPrivateMounts, mountNamespace } from "../core/isolation.ts";
 import { rerunArguments, restfulEnvironment, Shim } from "../ffi/mod.ts";
 import { readState, removeState } from "../core/state.ts";
+import { MODULE_TARGET } from "../targets/module.ts";
+import { type BackingFile, filesOf, type HeldFiles, holdFiles } from "./backing_files.ts";
 import { dropDeviceLog, openDeviceLog, readLog } from "./device_log.ts";
 import { EXIT, type Failure, ReportedError } from "./exit.ts";
 import { passOn } from "./output.ts";
@@ -40,6 +43,8 @@ export interface ServerSpec {
     noPartScan: boolean;
   };
   target: { name: string; options: Record<string, unknown> };
+  /** What the target has its data in, as far as its options tell. */
+  files?: readonly BackingFile[];
   /** What becomes of I/O when the server dies; undefined: it fails and the device is DEAD. */
   recovery?: RecoveryMode;
   /** A process of its own starts the server again when it dies. */
@@ -100,6 +105,11 @@ export async function* linesOf(stream: Readable): AsyncGenerator<string, undefin
 /** Where a server answers: no file that a module prints to. */
 const ANSWERS_FD = 3;
 
+/** The descriptors of a server's files. */
+export function handedFds({ files = [] }: ServerSpec): number[] {
+  return files.map((_, index) => ANSWERS_FD + 1 + index);
+}
+
 /** Tells whoever started this server, unless that one is gone. */
 export function answer(message: Answer): void {
   try {
@@ -131,16 +141,20 @@ function isObject(value: unknown): boolean {
  * Starts a server process and waits until its device is LIVE.
  *
  * @param hold takes the server's leash: the device lives until it is ended, or this process.
+ * @param held the files of the spec; this function closes them. Default: what has their names now.
  * @throws {ReportedError} what the server said. @throws {UblkError} it died without a word.
  */
 export async function startServer(
   spec: ServerSpec,
-  hold?: (leash: Writable) => void,
+  { hold, held }: { hold?: (leash: Writable) => void; held?: HeldFiles } = {},
 ): Promise<Live> {
+  const shim = new Shim();
+  const { files, fds, close } = held ?? holdFiles(shim, filesOf(spec));
   const log = openDeviceLog(spec.recover);
   const { end } = readLog(log);
   try {
-    const { live, child } = await spawnServer(spec, log, () => {}, hold);
+    const known = files.length > 0 ? { ...spec, files } : spec;
+    const { live, child } = await spawnServer(known, { log, fds }, () => {}, hold);
     child.unref();
     return live;
   } catch (error) {
@@ -150,18 +164,20 @@ export async function startServer(
     throw error;
   } finally {
     closeSync(log);
+    close();
   }
 }
 
 /**
  * As startServer, for a caller that stays.
  *
- * @param log a descriptor, of openDeviceLog, or that the caller has for itself.
+ * @param handed descriptors: of openDeviceLog, or what the caller has as its own log; and of the
+ * files of the spec, in their order.
  * @param onAdded told of a new device's id.
  */
 export async function spawnServer(
   spec: ServerSpec,
-  log: number,
+  { log, fds }: { log: number; fds: readonly number[] },
   onAdded: (id: number) => void,
   hold?: (leash: Writable) => void,
 ): Promise<{ live: Live; child: ChildProcess }> {
@@ -177,11 +193,14 @@ export async function spawnServer(
       detached: true,
       cwd: "/",
       env: { ...process.env, ...restfulEnvironment },
-      stdio: ["pipe", log, log, "pipe"],
+      stdio: ["pipe", log, log, "pipe", ...fds],
     });
   // A supervisor serves nothing, so nothing waits for it; the servers it starts need to find
   // their files, and a copy of the mounts would keep what others have unmounted.
-  const child = isSupervisor(spec) ? start() : asFlusher(shim, () => inPrivateMounts(shim, start));
+  const copied = spec.target.name !== MODULE_TARGET || spec.rootStorage === true;
+  const child = isSupervisor(spec)
+    ? start()
+    : asFlusher(shim, () => inPrivateMounts(shim, copied, start));
   let interrupted = false;
   const interrupt = () => {
     interrupted = true;

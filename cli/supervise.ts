@@ -18,7 +18,7 @@ import { Shim } from "../ffi/mod.ts";
 import { EXIT } from "./exit.ts";
 import { LOG_FD } from "./device_log.ts";
 import type { ServerLog } from "./server_log.ts";
-import { answer, deleteLeftover, type ServerSpec, spawnServer } from "./start_server.ts";
+import { answer, deleteLeftover, handedFds, type ServerSpec, spawnServer } from "./start_server.ts";
 import { surviveShutdown } from "./systemd.ts";
 
 /** New servers in a row that may die before the device is left alone. */
@@ -47,7 +47,9 @@ export async function supervise(
   }
   process.on("SIGHUP", () => {});
 
-  const first = await spawnServer(supervised, LOG_FD, (id) => answer({ type: "added", id }));
+  // Each server serves the files that the first one got, whatever becomes of their names.
+  const handed = { log: LOG_FD, fds: handedFds(spec) };
+  const first = await spawnServer(supervised, handed, (id) => answer({ type: "added", id }));
   const { id } = first.live;
   answer({ type: "live", live: first.live });
 
@@ -79,7 +81,7 @@ export async function supervise(
       await deleteLeftover(id);
       return EXIT.OK;
     }
-    const next = spawnServer({ ...supervised, recover: id }, LOG_FD, () => {});
+    const next = spawnServer({ ...supervised, recover: id }, handed, () => {});
     server = await next.catch((error) => {
       log(`no new server for device ${id}: ${(error as Error).message}`, true);
       return undefined;

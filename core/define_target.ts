@@ -92,8 +92,12 @@ export interface BlockDevice {
 
 /** One declared option. Values come as text from `--opt NAME=VALUE`, or as what they are. */
 export interface OptionSpec {
-  /** "size" takes 64M or 2048s and is a number of bytes; "path" is made absolute. */
-  type: "string" | "number" | "boolean" | "size" | "path";
+  /**
+   * "size" takes 64M or 2048s and is a number of bytes; "path" is made absolute. "file" is the path
+   * of a file or block device that the target keeps its data in: a server that takes the device over
+   * refuses another one that has this name by then.
+   */
+  type: "string" | "number" | "boolean" | "size" | "path" | "file";
   /** One line for --help. */
   description?: string;
   /** What it is when it is not given: a value, or text as of `--opt`. */
@@ -263,6 +267,7 @@ function parseOption(name: string, { type }: OptionSpec, value: unknown, directo
       if (["false", "0", "no"].includes(text)) return false;
       throw wrong("true or false");
     case "path":
+    case "file":
       return isAbsolute(text) ? text : resolve(directory, text);
     case "string":
       return text;
@@ -302,11 +307,18 @@ export async function openDefinition(
       ...(definition.share
         ? device.maxQueues !== undefined && { queuesMax: device.maxQueues }
         : { queuesMax: 1 }),
+      files: filesOf(definition, values),
       shared,
     },
     handler: (context) => new FunctionHandler(device, context),
     close: () => device.close?.(),
   };
+}
+
+/** Paths of the files that a target keeps its data in, as its options say. */
+function filesOf({ options = {} }: TargetDefinition, values: Record<string, unknown>): string[] {
+  return Object.keys(options).filter((name) => options[name]!.type === "file")
+    .map((name) => values[name]).filter((value) => typeof value === "string");
 }
 
 function checkDevice(device: BlockDevice): void {

@@ -3,11 +3,12 @@
  * What keeps a server from waiting for itself.
  *
  * - Mounts. A process that ends gives up its mount namespace; when it was the last one there, the
- *   kernel unmounts what is mounted there first. Is that a file system on the device which this
- *   process serves, both wait for ever. So a server lives in a namespace of its own, where no
- *   mount made later appears (`inPrivateMounts`), and keeps none of those that were there
- *   (`detachMounts`): whoever unmounts them finds them gone. A target of somebody's own may open
- *   files at any time, so it keeps them.
+ *   kernel unmounts what is mounted there first. If a file system on the device that this process
+ *   serves is among that, both wait for ever. So a server lives in a namespace of its own
+ *   (`inPrivateMounts`). A built-in target has its files handed over, open, and needs little else: its
+ *   namespace is a copy, of which it drops the rest once it is LIVE (`detachMounts`), so that it lives
+ *   on when a container ends or an initramfs is left. A target of somebody's own may open files at
+ *   any time, and means those of whoever has added it: its namespace is empty, and its root is theirs.
  * - Memory. Looking for free memory, the kernel may write to the device; the server must not be
  *   the one who waits for that: not in a queue's thread, nor in one of the runtime's, for which
  *   the collector of garbage waits (`asFlusher`, `becomeFlusher`, `harden`).
@@ -29,13 +30,16 @@ export function mountNamespace(): string {
 }
 
 /**
- * Runs `start`, which starts a process, so that the process has mounts of its own. Where that is
- * not permitted, it has the caller's. UBD_DEBUG_SHARED_MOUNTS=1 asks for that.
+ * Runs `start`, which starts a process, so that the process has a mount namespace of its own. Where
+ * that is not permitted, it has the caller's. UBD_DEBUG_SHARED_MOUNTS=1 asks for that.
+ *
+ * @param copy the namespace has a copy of the caller's mounts, and the process its root there; else
+ * it is empty, and the process has the caller's root.
  */
-export function inPrivateMounts<T>(shim: Shim, start: () => T): T {
+export function inPrivateMounts<T>(shim: Shim, copy: boolean, start: () => T): T {
   const left = new Int32Array(3);
   const shared = process.env.UBD_DEBUG_SHARED_MOUNTS === "1";
-  if (shared || shim.native.ubd_leave_mounts(left) < 0) return start();
+  if (shared || shim.native.ubd_leave_mounts(left, copy ? 1 : 0) < 0) return start();
   try {
     return start();
   } finally {
@@ -58,12 +62,12 @@ export function asFlusher<T>(shim: Shim, start: () => T): T {
 
 /**
  * For a process that is to serve but was not started with `asFlusher`: starts it anew, in its
- * place, as one that was. Of the descriptors that it inherited only the first three stay: Bun leaves
- * no others to what it executes. Returns where that is not permitted, or was done.
+ * place, as one that was. Of the descriptors that it inherited only the first three stay, and those
+ * in `kept`. Returns where that is not permitted, or was done.
  *
  * @throws {UblkError} its program is no longer where it was.
  */
-export function becomeFlusher(shim: Shim): void {
+export function becomeFlusher(shim: Shim, kept: readonly number[] = []): void {
   if (shim.native.ubd_io_flusher(1) !== 0) return;
   const bytes = (text: string) => new TextEncoder().encode(`${text}\0`);
   const words = readFileSync("/proc/self/cmdline");
@@ -71,8 +75,9 @@ export function becomeFlusher(shim: Shim): void {
     .map(([name, value]) => `${name}=${value}`);
   const environment = bytes(settings.join("\0"));
   const program = bytes(process.execPath);
-  const { ubd_close_on_exec, ubd_execute } = shim.native;
+  const { ubd_close_on_exec, ubd_keep_on_exec, ubd_execute } = shim.native;
   ubd_close_on_exec();
+  for (const fd of kept) ubd_keep_on_exec(fd);
   const result = ubd_execute(program, words, words.length, environment, environment.length);
   throw UblkError.from(result, `start ${process.execPath}`);
 }

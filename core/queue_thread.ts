@@ -184,13 +184,14 @@ export async function openInThread(
   log: Log,
 ): Promise<OpenTarget> {
   const first = startQueueThread(entry, { name, spec }, 0, shim, log);
-  const { limits, queuesMax, shared } = (await first.opened)!;
+  const { limits, queuesMax, files = [], shared } = (await first.opened)!;
   const complete = { ...spec, shared };
   return {
     limits,
     ...(queuesMax !== undefined && { queuesMax }),
     facts,
     notes: [],
+    files,
     spec: complete,
     startThread: (queueId) =>
       queueId === 0 ? first : startQueueThread(entry, { name, spec: complete }, queueId, shim, log),

@@ -70,6 +70,8 @@ export interface OpenTarget {
   readonly spec: unknown;
   /** Most queues it can be served by. Default: any number. */
   readonly queuesMax?: number;
+  /** Paths of the files it has opened by itself: none that were handed over to it. */
+  readonly files?: readonly string[];
   /** How a queue of it is served. Default: a thread of its own that makes its handler of `spec`. */
   startThread?(queueId: number): QueueThread;
   /** Absent: the target looks at the bytes of its requests. */
@@ -110,12 +112,16 @@ export interface ServedTarget {
 export interface TargetDescription {
   readonly limits: DeviceLimits;
   readonly queuesMax?: number;
+  /** Paths of the files it keeps its data in. */
+  readonly files?: readonly string[];
   /** For the threads of the other queues. */
   readonly shared: unknown;
 }
 
 export interface OpenContext {
   readonly shim: Shim;
+  /** A descriptor that holds this file (O_PATH), from the caller's mounts: what to open is that. */
+  readonly held?: (path: string) => number | undefined;
   /** False where the driver cannot ask for FLUSH and FUA: each write must then be durable. */
   readonly hasVolatileCache: boolean;
 }

@@ -7,6 +7,8 @@
  * @module
  */
 
+import { shownPath } from "../ffi/path.ts";
+
 // C0 but tab and newline, DEL and C1; line and paragraph separators; what changes the direction.
 // deno-lint-ignore no-control-regex
 const UNPRINTABLE = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
@@ -20,7 +22,7 @@ export function printable(text: string): string {
   return text.replaceAll(UNPRINTABLE, escape);
 }
 
-/** A name within a line: a newline would make it look like one more. */
+/** A name within a line, for people: a newline would make it look like one more. */
 export function oneLine(name: string): string {
-  return printable(name).replaceAll(/[\t\n]/g, escape);
+  return printable(shownPath(name)).replaceAll(/[\t\n]/g, escape);
 }

@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 8;
+const shim_version = 9;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -192,8 +192,8 @@ export fn ubd_statx(fd: i32, mask: u32, out: ?*[256]u8) i32 {
     return sys.call(.statx, .{ word(fd), @intFromPtr(empty), at_empty_path, mask, @intFromPtr(checked), 0 });
 }
 
-/// ioctl(2) whose argument is a pointer to `out`, 8 bytes.
-export fn ubd_ioctl(fd: i32, request: u32, out: ?*[8]u8) i32 {
+/// ioctl(2) whose argument is a pointer to `out`: as many bytes as the request fills.
+export fn ubd_ioctl(fd: i32, request: u32, out: ?[*]u8) i32 {
     const checked = out orelse return -sys.EINVAL;
     return sys.call(.ioctl, .{ word(fd), request, @intFromPtr(checked), 0, 0, 0 });
 }
@@ -225,6 +225,12 @@ export fn ubd_wake(fd: i32) i32 {
 export fn ubd_close_on_exec() i32 {
     const close_range_cloexec = 1 << 2;
     return sys.call(.close_range, .{ 3, 0xffff_ffff, close_range_cloexec, 0, 0, 0 });
+}
+
+/// Lets a descriptor reach what this process executes.
+export fn ubd_keep_on_exec(fd: i32) i32 {
+    const f_setfd = 2;
+    return sys.call(.fcntl, .{ word(fd), f_setfd, 0, 0, 0, 0 });
 }
 
 /// sched_setaffinity(2) of any thread: `cpus` is a bit set.
@@ -261,10 +267,13 @@ const clone_fs = 0x200;
 /// What the calling thread left: its mount namespace, its root and its working directory.
 const Mounts = extern struct { namespace: i32, root: i32, cwd: i32 };
 
-/// Gives the calling thread a copy of its mounts in a namespace of its own, where nothing done to
-/// the old ones is seen; processes it starts from now on are born there. Other threads stay: a
-/// runtime that has already started threads cannot move as a whole.
-export fn ubd_leave_mounts(left: ?*Mounts) i32 {
+/// Puts the calling thread into a mount namespace of its own; processes it starts from now on are born
+/// there. Other threads stay: a runtime that has already started threads cannot move as a whole.
+///
+/// The namespace is empty, and root and working directory stay where they are, in the old one: a path
+/// means what it means there, at any time, and what is not in use there can be unmounted. With
+/// `copy`, it has a copy of the old one's mounts, where nothing done to those is seen.
+export fn ubd_leave_mounts(left: ?*Mounts, copy: u32) i32 {
     const saved = left orelse return -sys.EINVAL;
     const path_only = 0o10000000;
     saved.namespace = ubd_open("/proc/thread-self/ns/mnt", 0);
@@ -279,7 +288,20 @@ export fn ubd_leave_mounts(left: ?*Mounts) i32 {
     const recursive_private = 0x4000 | 1 << 18;
     const root: [*:0]const u8 = "/";
     result = sys.call(.mount, .{ 0, @intFromPtr(root), 0, recursive_private, 0, 0 });
+    if (result >= 0 and copy == 0) {
+        result = ubd_detach_mount(root);
+        if (result >= 0) result = takePlaces(saved);
+    }
     if (result < 0) _ = ubd_rejoin_mounts(saved);
+    return result;
+}
+
+/// Makes root and working directory what they were.
+fn takePlaces(saved: *const Mounts) i32 {
+    const here: [*:0]const u8 = ".";
+    var result = sys.call(.fchdir, .{ word(saved.root), 0, 0, 0, 0, 0 });
+    if (result >= 0) result = sys.call(.chroot, .{ @intFromPtr(here), 0, 0, 0, 0, 0 });
+    if (result >= 0) result = sys.call(.fchdir, .{ word(saved.cwd), 0, 0, 0, 0, 0 });
     return result;
 }
 
@@ -293,11 +315,7 @@ export fn ubd_rejoin_mounts(left: ?*Mounts) i32 {
     result = sys.call(.setns, .{ word(saved.namespace), clone_newns, 0, 0, 0, 0 });
     if (result < 0) return result;
     // Now root and working directory are the namespace's: a caller's chroot must hold on.
-    const here: [*:0]const u8 = ".";
-    result = sys.call(.fchdir, .{ word(saved.root), 0, 0, 0, 0, 0 });
-    if (result >= 0) result = sys.call(.chroot, .{ @intFromPtr(here), 0, 0, 0, 0, 0 });
-    if (result >= 0) result = sys.call(.fchdir, .{ word(saved.cwd), 0, 0, 0, 0, 0 });
-    return result;
+    return takePlaces(saved);
 }
 
 fn closeMounts(saved: *const Mounts) void {

@@ -380,7 +380,7 @@ const rate = (what: string) => ({
  */
 export const faultTarget: Target = defineTarget({
   options: {
-    file: { type: "path", description: "what it keeps its data in; without: in memory" },
+    file: { type: "file", description: "what it keeps its data in; without: in memory" },
     size: { type: "size", default: "1G", description: "size of the device in memory" },
     seed: { type: "number", default: 1, description: "another seed, other faults" },
     operations: {

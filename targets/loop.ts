@@ -19,7 +19,7 @@
  * @module
  */
 
-import { constants, readFileSync, type Stats, statSync } from "node:fs";
+import { constants, readFileSync, statSync } from "node:fs";
 import { ERRNO, errnoName } from "../abi/errno.ts";
 import {
   FALLOC_FL_KEEP_SIZE,
@@ -39,7 +39,8 @@ import {
   UBLK_IO_OP_WRITE_ZEROES,
 } from "../abi/ublk_cmd.ts";
 import { UblkError, UsageError } from "../core/error.ts";
-import { namesIn } from "../core/proc.ts";
+import { descriptorPath, holdFile } from "../core/file_identity.ts";
+import { contents, namesIn } from "../core/proc.ts";
 import type { Queue } from "../core/queue.ts";
 import type { OpenContext, RequestHandler, ServeContext, TargetType } from "../core/target.ts";
 import { type Extent, Layout, type Place } from "./layout.ts";
@@ -98,6 +99,9 @@ const LOCK_NB = 4;
 const BLKGETSIZE64 = 0x8008_1272;
 const BLKSSZGET = 0x1268;
 const STATX_DIOALIGN = 0x2000;
+/** Into struct loop_info64: device and inode of the backing file come first. */
+const LOOP_GET_STATUS64 = 0x4c05;
+const LOOP_INFO64_BYTES = 232;
 
 export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
   name: "loop",
@@ -192,9 +196,22 @@ export function closeBacking(
   if (synced < 0) throw UblkError.from(synced, `sync ${path}`);
 }
 
+/** All of it is asked of one file, though its name may come to mean another meanwhile. */
 function openUnlocked(options: LoopOptions, context: OpenContext): Backing {
   const path = options.file;
-  const stat = fileStat(path);
+  const { shim } = context;
+  const handed = context.held?.(path);
+  const holding = handed ?? openOrThrow(holdFile(shim, path), path);
+  try {
+    return openHeld(holding, options, context);
+  } finally {
+    if (handed === undefined) shim.native.ubd_close(holding);
+  }
+}
+
+function openHeld(holding: number, options: LoopOptions, context: OpenContext): Backing {
+  const path = options.file;
+  const stat = statSync(descriptorPath(holding));
   const isBlockDevice = stat.isBlockDevice();
   if (stat.isDirectory()) {
     throw new UblkError({ errno: "EISDIR", operation: `open ${path}`, hint: "name a file in it" });
@@ -206,7 +223,7 @@ function openUnlocked(options: LoopOptions, context: OpenContext): Backing {
   const flags = (options.readOnly ? constants.O_RDONLY : constants.O_RDWR) |
     (isBlockDevice && !options.force ? constants.O_EXCL : 0);
   const open = (more: number) => {
-    const fd = context.shim.open(path, flags | more);
+    const fd = context.shim.open(descriptorPath(holding), flags | more);
     if (fd < 0 && fd !== -ERRNO.EINVAL) throw openError(path, fd, options);
     return fd;
   };
@@ -215,27 +232,21 @@ function openUnlocked(options: LoopOptions, context: OpenContext): Backing {
     const note = fd < 0
       ? "the file system refuses direct I/O"
       : directObstacle(fd, options, isBlockDevice, context);
-    if (note === undefined) return backingOf(fd, path, stat, true, note, context);
+    if (note === undefined) return backingOf(fd, path, true, note, context);
     if (fd >= 0) context.shim.native.ubd_close(fd);
-    return backingOf(openOrThrow(open(0), path), path, stat, false, note, context);
+    return backingOf(openOrThrow(open(0), path), path, false, note, context);
   }
   const fd = openOrThrow(open(0), path);
-  return backingOf(fd, path, stat, false, "as asked", context);
+  return backingOf(fd, path, false, "as asked", context);
 }
 
 function openOrThrow(fd: number, path: string): number {
+  if (fd === -ERRNO.ENOENT) {
+    const hint = "check the path; truncate -s 1G FILE makes an image";
+    throw UblkError.from(fd, `open ${path}`, { hint });
+  }
   if (fd < 0) throw UblkError.from(fd, `open ${path}`);
   return fd;
-}
-
-function fileStat(path: string): Stats {
-  try {
-    return statSync(path);
-  } catch (error) {
-    const errno = (error as NodeJS.ErrnoException).code ?? "EIO";
-    const hint = errno === "ENOENT" ? "check the path; truncate -s 1G FILE makes an image" : "";
-    throw new UblkError({ errno, operation: `open ${path}`, ...(hint && { hint }), cause: error });
-  }
 }
 
 function openError(path: string, result: number, options: LoopOptions): UblkError {
@@ -254,12 +265,12 @@ function openError(path: string, result: number, options: LoopOptions): UblkErro
 function backingOf(
   fd: number,
   path: string,
-  stat: Stats,
   direct: boolean,
   note: string | undefined,
   context: OpenContext,
 ): Backing {
   const { native } = context.shim;
+  const stat = statSync(descriptorPath(fd));
   const isBlockDevice = stat.isBlockDevice();
   const answer = new BigUint64Array(1);
   const ask = (request: number) => {
@@ -316,33 +327,62 @@ function directObstacle(
 /** One writer, or many readers. The lock ends with the server, however it ends. */
 function lock(path: string, fd: number, options: LoopOptions, { shim }: OpenContext): void {
   if (options.force) return;
-  const hint = "another process serves or uses it; stop that one, or add --force if you are sure";
-  const operation = (options.readOnly ? LOCK_SH : LOCK_EX) | LOCK_NB;
-  const result = shim.native.ubd_flock(fd, operation);
+  const operation = `lock ${path}`;
+  const sure = "or add --force if you are sure";
+  const result = shim.native.ubd_flock(fd, (options.readOnly ? LOCK_SH : LOCK_EX) | LOCK_NB);
   if (result === -ERRNO.EAGAIN) {
-    throw new UblkError({ errno: "EBUSY", operation: `lock ${path}`, hint });
+    const whose = lockOwners(fd);
+    const who = whose.length > 0 ? whose.join(", ") : "another process";
+    const hint = `${who} serves or uses it; stop that one, ${sure}`;
+    throw new UblkError({ errno: "EBUSY", operation, hint });
   }
-  const taken = options.readOnly ? undefined : kernelLoopOn(path);
+  if (result < 0) {
+    const hint =
+      `its file system has no locks, so a second writer would not be noticed; see that ` +
+      `there is none, and add --force`;
+    throw UblkError.from(result, operation, { hint });
+  }
+  const taken = options.readOnly ? undefined : kernelLoopOn(fd, shim);
   if (taken) {
-    throw new UblkError({
-      errno: "EBUSY",
-      operation: `lock ${path}`,
-      hint: `${taken} has it as backing file; losetup -d ${taken}, or add --force if you are sure`,
-    });
+    const hint = `${taken} has it as backing file; losetup -d ${taken}, ${sure}`;
+    throw new UblkError({ errno: "EBUSY", operation, hint });
   }
 }
 
+/** Who has locked the file: "process 12 (ubd)". Those of other pid namespaces are not seen. */
+function lockOwners(fd: number): string[] {
+  const { ino } = statSync(descriptorPath(fd));
+  const pids = contents("/proc/locks").split("\n").flatMap((line) => {
+    // "1: FLOCK ADVISORY WRITE 12 08:01:345 0 EOF"; the device is not always what stat says.
+    const [, kind, , , pid, file = ""] = line.trim().split(/\s+/);
+    return kind === "FLOCK" && file.split(":")[2] === `${ino}` ? [Number(pid)] : [];
+  });
+  return [...new Set(pids)].filter((pid) => pid > 0 && hasOpen(pid, fd)).map((pid) =>
+    `process ${pid} (${contents(`/proc/${pid}/comm`).trim()})`
+  );
+}
+
+function hasOpen(pid: number, fd: number): boolean {
+  const own = statSync(descriptorPath(fd));
+  return namesIn(`/proc/${pid}/fd`).some((name) => {
+    const stat = statSync(`/proc/${pid}/fd/${name}`, { throwIfNoEntry: false });
+    return stat?.dev === own.dev && stat.ino === own.ino;
+  });
+}
+
 /** The kernel's loop driver takes no lock. @returns /dev/loopN on this very file. */
-function kernelLoopOn(path: string): string | undefined {
-  for (const name of namesIn("/sys/block")) {
-    if (!name.startsWith("loop")) continue;
-    try {
-      const backing = readFileSync(`/sys/block/${name}/loop/backing_file`, "utf8").trimEnd();
-      const [a, b] = [statSync(backing), statSync(path)];
-      if (a.dev === b.dev && a.ino === b.ino) return `/dev/${name}`;
-    } catch { /* unbound, or its file is gone */ }
-  }
-  return undefined;
+function kernelLoopOn(fd: number, shim: OpenContext["shim"]): string | undefined {
+  const { dev, ino } = statSync(descriptorPath(fd));
+  return namesIn("/sys/block").filter((name) => /^loop\d+$/.test(name))
+    .filter((name) => namesIn(`/sys/block/${name}/loop`).length > 0).map((name) => `/dev/${name}`)
+    .find((path) => {
+      const loop = shim.open(path, constants.O_RDONLY | constants.O_NONBLOCK);
+      if (loop < 0) return false;
+      const info = new BigUint64Array(LOOP_INFO64_BYTES / 8);
+      const result = shim.native.ubd_ioctl(loop, LOOP_GET_STATUS64, info);
+      shim.native.ubd_close(loop);
+      return result === 0 && info[0] === BigInt(dev) && info[1] === BigInt(ino);
+    });
 }
 
 /** Cuts the device out of the backing. @throws {UsageError} an extent that is not there. */
@@ -400,7 +440,7 @@ export function measure(options: LoopOptions, backing: Backing) {
 /** Smallest hole the backing can punch, in bytes; 0 when it cannot. */
 export function discardUnit(backing: Backing, { shim }: OpenContext): number {
   if (backing.isBlockDevice) {
-    const { rdev } = statSync(backing.path);
+    const { rdev } = statSync(descriptorPath(backing.fd));
     const directory = `/sys/dev/block/${rdev >> 8 & 0xfff}:${rdev & 0xff | rdev >> 12 & 0xfff00}`;
     const limit = (name: string) => {
       for (const queue of [`${directory}/queue`, `${directory}/../queue`]) {

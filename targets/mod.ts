@@ -6,7 +6,7 @@
  */
 
 import { openDefinition, parseOptions, type Target, toDefinition } from "../core/define_target.ts";
-import type { TargetDefinition } from "../core/define_target.ts";
+import type { OptionSpecs, TargetDefinition } from "../core/define_target.ts";
 import { UsageError } from "../core/error.ts";
 import type { ServedTarget, TargetType } from "../core/target.ts";
 import { concatTarget, stripeTarget } from "./concat.ts";
@@ -39,6 +39,11 @@ export const TARGET_NAMES: readonly string[] = [
 /** Whether a target is opened in the thread that serves it. */
 export function isDefined(name: string): boolean {
   return name === MODULE_TARGET || Object.hasOwn(DEFINED, name);
+}
+
+/** The options that a built-in target declares, if it is written with defineTarget. */
+export function declaredOptions(name: string): OptionSpecs {
+  return Object.hasOwn(DEFINED, name) ? toDefinition(DEFINED[name], name).options ?? {} : {};
 }
 
 /** @param file of MODULE_TARGET. @throws {UsageError} a name that no target has. */

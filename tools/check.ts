@@ -32,6 +32,7 @@ const ARROWS: Record<string, readonly string[]> = {
 const CORE_FOR_TARGETS = [
   "core/target.ts",
   "core/error.ts",
+  "core/file_identity.ts",
   "core/queue.ts",
   "core/define_target.ts",
   "core/proc.ts",

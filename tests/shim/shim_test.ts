@@ -6,7 +6,7 @@
  * Needs io_uring. File descriptors are counted in /proc/self/fd.
  */
 import assert from "node:assert/strict";
-import { execFileSync, spawnSync } from "node:child_process";
+import { execFileSync, spawn, spawnSync } from "node:child_process";
 import {
   existsSync,
   mkdtempSync,
@@ -574,19 +574,54 @@ test("a thread that leaves its mounts comes back to them, root and working direc
 }, () => {
   const here = () => ["ns/mnt", "root", "cwd"].map((it) => readlinkSync(`/proc/thread-self/${it}`));
   const [before, cwd] = [here(), process.cwd()];
-  leavesNoDescriptor(() => {
-    const left = new Int32Array(3);
-    assert.strictEqual(native.ubd_leave_mounts(left), 0);
-    const away = here();
-    assert.notStrictEqual(away[0], before[0]);
-    assert.deepStrictEqual(away.slice(1), before.slice(1));
-    assert.doesNotMatch(readFileSync("/proc/thread-self/mountinfo", "utf8"), / shared:/);
-    assert.strictEqual(native.ubd_rejoin_mounts(left), 0);
-    assert.deepStrictEqual(here(), before);
-  });
-  assert.strictEqual(process.cwd(), cwd);
-  assert.strictEqual(native.ubd_leave_mounts(NULL as unknown as Int32Array<ArrayBuffer>), -EINVAL);
+  const mounts = () => readFileSync("/proc/thread-self/mountinfo", "utf8");
+  for (const copy of [1, 0]) {
+    leavesNoDescriptor(() => {
+      const left = new Int32Array(3);
+      assert.strictEqual(native.ubd_leave_mounts(left, copy), 0);
+      const away = here();
+      assert.notStrictEqual(away[0], before[0]);
+      assert.deepStrictEqual(away.slice(1), before.slice(1));
+      assert.doesNotMatch(mounts(), / shared:/);
+      assert.strictEqual(mounts() !== "", copy === 1);
+      assert.strictEqual(native.ubd_rejoin_mounts(left), 0);
+      assert.deepStrictEqual(here(), before);
+      assert.notStrictEqual(mounts(), "");
+    });
+    assert.strictEqual(process.cwd(), cwd);
+  }
+  const none = NULL as unknown as Int32Array<ArrayBuffer>;
+  assert.strictEqual(native.ubd_leave_mounts(none, 1), -EINVAL);
   assert.strictEqual(native.ubd_rejoin_mounts(new Int32Array([-1, -1, -1])), -EBADF);
+});
+
+test("where a thread has no mounts, what is mounted later is seen, and goes as if nobody looked", {
+  skip: trial ? false : "needs the right to mount a file system",
+}, () => {
+  const directory = mkdtempSync(join(tmpdir(), "ubd-mount-"));
+  const left = new Int32Array(3);
+  assert.strictEqual(native.ubd_leave_mounts(left, 0), 0);
+  const child = spawn("sh", ["-c", `read line; ls ${directory}`], {
+    stdio: ["pipe", "pipe", "inherit"],
+  });
+  native.ubd_rejoin_mounts(left);
+  execFileSync("mount", ["-t", "tmpfs", "tmpfs", directory]);
+  writeFileSync(join(directory, "late"), "");
+  return new Promise<void>((resolve, reject) => {
+    let seen = "";
+    child.stdout.on("data", (data) => seen += data);
+    child.stdin.write("go\n");
+    child.on("close", () => {
+      try {
+        execFileSync("umount", [directory]); // Not lazily.
+        rmSync(directory, { recursive: true });
+        assert.strictEqual(seen, "late\n");
+        resolve();
+      } catch (error) {
+        reject(error);
+      }
+    });
+  });
 });
 
 test("loadShim falls back where TMPDIR is mounted noexec, and keeps no file open there", {

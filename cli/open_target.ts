@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT
+/**
+ * How a server opens its target, and sees to it that nobody else serves its files.
+ * @module
+ */
+
+import { existsSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+import { UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
+import type { Control } from "../core/control.ts";
+import { UblkError } from "../core/error.ts";
+import { descriptorPath, isSameFile } from "../core/file_identity.ts";
+import { SECTOR_BYTES } from "../core/queue.ts";
+import { openInThread } from "../core/queue_thread.ts";
+import { readState } from "../core/state.ts";
+import type { OpenTarget } from "../core/target.ts";
+import { findTarget, isDefined } from "../targets/mod.ts";
+import type { ModuleSpec } from "../targets/module.ts";
+import { queueThreadEntry } from "../targets/queue_thread.ts";
+import { type BackingFile, filesOf, type HeldFiles, holdFiles } from "./backing_files.ts";
+import { deviceIds, isNoneOfOurs } from "./describe.ts";
+import { specOf } from "./spec.ts";
+import type { ServerSpec } from "./start_server.ts";
+
+const LOCK_PATIENCE_MS = 10_000;
+
+/**
+ * In recovery, the kernel may still be letting go of what the old server had locked, and it knows
+ * the device's size: that may have changed since it was added.
+ *
+ * @param held the files of the spec.
+ * @param goOn called before each try; may throw.
+ * @returns the target, and its files, for the state file.
+ */
+export async function openTarget(
+  control: Control,
+  spec: ServerSpec,
+  held: HeldFiles,
+  goOn: () => void,
+  log: (text: string) => void,
+): Promise<{ target: OpenTarget; files: readonly BackingFile[] }> {
+  const { dialect, shim } = control;
+  const { name } = spec.target;
+  if (spec.recover === undefined) await refuseAwaited(control, spec, held.files);
+  if (isDefined(name)) return await openDefined(control, spec, held, log);
+  const options = spec.recover === undefined ? spec.target.options : {
+    ...spec.target.options,
+    sizeBytes: Number((await control.getParams(spec.recover)).basic.dev_sectors) * SECTOR_BYTES,
+  };
+  const context = { shim, hasVolatileCache: dialect.hasVolatileCache, held: held.find };
+  const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
+  for (;;) {
+    goOn();
+    try {
+      const target = findTarget(name).open(options, context);
+      return { target: letsGo(target, held), files: held.files };
+    } catch (error) {
+      const busy = error instanceof UblkError && error.errno === "EBUSY";
+      if (!busy) throw error;
+      if (performance.now() > deadline) throw (await hasServer(control, spec.recover)) ?? error;
+      await sleep(100);
+    }
+  }
+}
+
+/** In the thread that serves it. What files a module keeps its data in is known only then. */
+async function openDefined(
+  { shim }: Control,
+  spec: ServerSpec,
+  held: HeldFiles,
+  log: (text: string) => void,
+): Promise<{ target: OpenTarget; files: readonly BackingFile[] }> {
+  const { name, options } = spec.target;
+  const { file: module, options: given = {}, ...rest } = options as Partial<ModuleSpec>;
+  const facts = { ...(module && { module }), ...given } as OpenTarget["facts"];
+  const handed = Object.entries(given).map(([option, value]) => {
+    const fd = typeof value === "string" && !module ? held.find(value) : undefined;
+    return [option, fd === undefined ? value : descriptorPath(fd)];
+  });
+  const ownOptions = {
+    ...rest,
+    ...(module && { file: module }),
+    options: Object.fromEntries(handed),
+  };
+  const target = await openInThread(
+    queueThreadEntry,
+    { name, spec: ownOptions },
+    facts,
+    shim,
+    log,
+  );
+  if (!module) return { target: letsGo(target, held), files: held.files };
+  try {
+    const known = new Map(spec.files?.map((file) => [file.path, file]));
+    const files = target.files!.map((path) => known.get(path) ?? { path });
+    const again = holdFiles(
+      shim,
+      files,
+      spec.recover === undefined ? undefined : { device: spec.recover },
+    );
+    held.close();
+    return { target: letsGo(target, again), files: again.files };
+  } catch (error) {
+    target.close();
+    throw error;
+  }
+}
+
+/** Whoever waits for the device's end may unmount what its files were on. */
+function letsGo(target: OpenTarget, held: HeldFiles): OpenTarget {
+  return {
+    ...target,
+    close() {
+      held.close();
+      target.close();
+    },
+  };
+}
+
+/** What to say when the files of a device that is to be recovered stay locked: mostly this. */
+async function hasServer(control: Control, id?: number): Promise<UblkError | undefined> {
+  if (id === undefined) return undefined;
+  const { pid } = await control.getDeviceInfo(id);
+  if (pid <= 0 || !existsSync(`/proc/${pid}`)) return undefined;
+  const hint = `its server, process ${pid}, is alive; ubd upgrade -n ID replaces it by another`;
+  return new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
+}
+
+/**
+ * A device that waits for its next server keeps no lock on its files, and yet may be mounted: who
+ * served them a second time would write behind its back.
+ *
+ * @throws {UblkError} EBUSY: such a device has one of these files.
+ */
+async function refuseAwaited(
+  control: Control,
+  spec: ServerSpec,
+  files: readonly BackingFile[],
+): Promise<void> {
+  if (spec.target.options.force || files.length === 0) return;
+  for (const id of deviceIds(control)) {
+    const known = readState(id);
+    const told = known && specOf(known);
+    if (!told || !("spec" in told)) continue; // The next server of that device cannot be told it, too.
+    const other = told.spec;
+    if (!other.recovery || (spec.target.options.readOnly && other.target.options.readOnly)) {
+      continue;
+    }
+    if (!(await awaitsServer(control, id))) continue;
+    const others = filesOf(other);
+    const shared = files.find((file) => others.some((known) => areSame(file, known)));
+    if (!shared) continue;
+    throw new UblkError({
+      errno: "EBUSY",
+      operation: `serve ${shared.path}`,
+      hint: `device ${id} has it, and waits for a server: ubd recover -n ${id}, or ` +
+        `ubd del -n ${id}; add --force if you are sure`,
+    });
+  }
+}
+
+function areSame(one: BackingFile, other: BackingFile): boolean {
+  if (one.optional || other.optional) return false;
+  if (one.identity && other.identity) return isSameFile(one.identity, other.identity);
+  return one.path === other.path;
+}
+
+/** While the last server of a device lives, its lock is enough. */
+async function awaitsServer(control: Control, id: number): Promise<boolean> {
+  try {
+    const { state, targetFlags } = await control.getDeviceInfo(id);
+    const known = readState(id, targetFlags);
+    if (!known) return false; // It is another device.
+    if (state === UBLK_S_DEV_LIVE) return !existsSync(`/proc/${known.pid}`);
+    return state !== UBLK_S_DEV_DEAD;
+  } catch (error) {
+    if (isNoneOfOurs(error)) return false;
+    throw error;
+  }
+}
