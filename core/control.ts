@@ -67,6 +67,17 @@ const COMMAND_KERNEL: Partial<Record<ControlCommand, string>> = {
 
 const DEADLINE_DEFAULT_MS = 15_000;
 
+/** What waits in the driver, for a server or for another such command, so that no signal ends it. */
+const MAY_WAIT = new Set<ControlCommand>([
+  "STOP_DEV",
+  "TRY_STOP_DEV",
+  "DEL_DEV",
+  "DEL_DEV_ASYNC",
+  "GET_PARAMS",
+  "UPDATE_SIZE",
+  "QUIESCE_DEV",
+]);
+
 /** How long an old server may take to let go of its device. */
 const RECOVERY_DEADLINE_MS = 30_000;
 
@@ -91,6 +102,11 @@ export class Control implements Disposable {
   readonly #waiting = new Map<number, (result: number) => void>();
   /** Whether a device was added by a user without privileges, as last heard of it. */
   readonly #unprivileged = new Map<number, boolean>();
+  /**
+   * Whether a command that may wait for long is given by a process of its own: this one could not
+   * even end before the driver is done with it. Not for servers: theirs end when they do.
+   */
+  apart = false;
   #ioctlEncoded = true;
   #features: bigint | undefined;
 
@@ -368,6 +384,7 @@ export class Control implements Disposable {
       deviceId,
       queueId: options.queueId ?? QUEUE_ID_NONE,
       data: BigInt(options.data ?? 0),
+      apart: this.apart && MAY_WAIT.has(command),
     });
   }
 
@@ -399,7 +416,7 @@ export class Control implements Disposable {
     operation: string,
     options: CommandOptions,
     path: Uint8Array,
-    fields: Pick<ControlRequest, "opcode" | "deviceId" | "queueId" | "data">,
+    fields: Pick<ControlRequest, "opcode" | "deviceId" | "queueId" | "data" | "apart">,
   ): Promise<number> {
     const slot = this.#freePayloads.pop();
     if (slot === undefined) {

@@ -132,6 +132,8 @@ export interface ControlRequest {
   /** Length of the character device's path in front of the payload, NUL included. */
   pathBytes: number;
   data: bigint;
+  /** Given by a process of its own, which goes on with it when this one ends. */
+  apart?: boolean;
 }
 
 /** The loaded shim. One object for each thread; the mapping behind them is shared. */
@@ -195,7 +197,8 @@ export class Shim {
     const words = new BigInt64Array(5);
     const fields = new Int32Array(words.buffer);
     fields.set([request.controlFd, request.opcode, request.deviceId, request.queueId]);
-    fields.set([request.payload, request.payloadBytes, request.pathBytes], 4);
+    const { payload, payloadBytes, pathBytes, apart = false } = request;
+    fields.set([payload, payloadBytes, pathBytes, Number(apart)], 4);
     words[4] = request.data;
     return this.native.ubd_control_submit(handle, words);
   }

@@ -43,6 +43,8 @@ export const SYMBOLS = {
   ubd_wake: { args: ["i32"], result: "i32" },
   ubd_close_on_exec: { args: [], result: "i32" },
   ubd_keep_on_exec: { args: ["i32"], result: "i32" },
+  ubd_pidfd_open: { args: ["i32"], result: "i32" },
+  ubd_pidfd_signal: { args: ["i32", "i32"], result: "i32" },
   ubd_set_affinity: { args: ["i32", "buffer"], result: "i32" },
   ubd_narrow_affinity: { args: ["buffer"], result: "i32" },
   ubd_gettid: { args: [], result: "i32" },

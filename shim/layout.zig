@@ -167,7 +167,8 @@ pub const ControlRequest = extern struct {
     payload: u32,
     payload_len: u32,
     dev_path_len: u32,
-    pad: u32,
+    /// Nonzero: it is given by a process of its own.
+    apart: u32,
     data: u64,
 };
 
@@ -199,7 +200,7 @@ comptime {
     check(Command, 32, .{ .tag = 0, .op = 2, .value = 4, .flags = 8, .buffer_offset = 12, .length = 16, .offset = 24 });
     check(Event, 8, .{ .tag = 0, .kind = 2, .result = 4 });
     check(QueueConfig, 64, .{ .char_fd = 0, .wake_fd = 4, .queue_id = 8, .depth = 12, .io_bytes_max = 16, .fetch_op = 20, .commit_op = 24, .sqe128 = 28, .desc_bytes = 32, .data_mode = 36, .desc_offset = 40, .register_op = 48, .unregister_op = 52, .get_data_op = 56, .prep_op = 60 });
-    check(ControlRequest, 40, .{ .control_fd = 0, .opcode = 4, .device_id = 8, .queue_id = 12, .payload = 16, .payload_len = 20, .dev_path_len = 24, .pad = 28, .data = 32 });
+    check(ControlRequest, 40, .{ .control_fd = 0, .opcode = 4, .device_id = 8, .queue_id = 12, .payload = 16, .payload_len = 20, .dev_path_len = 24, .apart = 28, .data = 32 });
 }
 
 fn describe(comptime T: type, comptime name: []const u8) []const u8 {

@@ -108,7 +108,7 @@ fn deviceInfo(id: u32) ?DevInfo {
         .payload = 0,
         .payload_len = path_bytes + @sizeOf(DevInfo),
         .dev_path_len = path_bytes,
-        .pad = 0,
+        .apart = 0,
         .data = 0,
     });
     if (result < 0) return null;

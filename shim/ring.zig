@@ -652,10 +652,25 @@ fn copyData(queue: *Queue, direction: std.os.linux.SYS, tag: u16, bytes: usize) 
 pub const payload_bytes = 8192;
 pub const payload_count = 16;
 
-pub const Control = struct { ring: Ring, payloads: [payload_count * payload_bytes]u8 align(page) };
+pub const Control = struct {
+    ring: Ring,
+    /// Of commands that are given apart, by payload number.
+    apart: [payload_count]Apart,
+    payloads: [payload_count * payload_bytes]u8 align(page),
+};
 
+/// A process with one command.
+const Apart = struct {
+    /// 0: none.
+    pid: i32,
+    result: i32,
+    /// Set last, by that process.
+    done: u32,
+};
+
+/// Its memory is shared with the processes of commands that are given apart.
 pub fn controlInit(out: **Control) i32 {
-    const base = sys.mapMemory(@sizeOf(Control)) catch return -sys.ENOMEM;
+    const base = sys.mapShared(@sizeOf(Control)) catch return -sys.ENOMEM;
     const control: *Control = @ptrFromInt(base);
     var params = std.mem.zeroes(layout.Params);
     params.flags = setup_sqe128;
@@ -677,8 +692,22 @@ pub fn controlExit(control: *Control) void {
 pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i32 {
     if (request.payload >= payload_count or request.payload_len > payload_bytes) return -sys.EINVAL;
     if (request.dev_path_len > request.payload_len or request.queue_id > 0xffff) return -sys.EINVAL;
+    if (request.apart != 0 and request.control_fd >= 0) {
+        const pid = submitApart(control, request);
+        if (pid >= 0) return 0; // One process more may be one too many: as any other, then.
+    }
     if (!roomFor(&control.ring, 1)) return -sys.EBUSY;
-    const sqe = nextSqe(&control.ring, 128);
+    packControl(control, request, nextSqe(&control.ring, 128));
+    const result = enterKernel(&control.ring, 0, enter_getevents);
+    const sq = &control.ring.sq;
+    if (result >= 0 or @atomicLoad(u32, sq.khead, .acquire) == sq.sqe_tail) return 0;
+    // The caller is told that it failed: it must not go along with the next one.
+    sq.sqe_tail -%= 1;
+    @atomicStore(u32, sq.ktail, sq.sqe_tail, .release);
+    return result;
+}
+
+fn packControl(control: *Control, request: *const layout.ControlRequest, sqe: *layout.Sqe) void {
     sqe.* = std.mem.zeroes(layout.Sqe);
     // By a worker of the kernel's from the start: a driver may do all of it where it is submitted.
     sqe.flags = sqe_async;
@@ -705,18 +734,63 @@ pub fn controlSubmit(control: *Control, request: *const layout.ControlRequest) i
             .reserved = 0,
         };
     }
-    const result = enterKernel(&control.ring, 0, enter_getevents);
-    const sq = &control.ring.sq;
-    if (result >= 0 or @atomicLoad(u32, sq.khead, .acquire) == sq.sqe_tail) return 0;
-    // The caller is told that it failed: it must not go along with the next one.
-    sq.sqe_tail -%= 1;
-    @atomicStore(u32, sq.ktail, sq.sqe_tail, .release);
-    return result;
+}
+
+const every_signal: u64 = ~@as(u64, 0);
+const sig_setmask = 2;
+const exit_group = std.os.linux.SYS.exit_group;
+
+/// Forks a process that gives the command and waits for it. Nothing else is told of its end: no
+/// signal, and it holds none of the caller's files. Returns its id or -errno.
+fn submitApart(control: *Control, request: *const layout.ControlRequest) i32 {
+    const slot = &control.apart[request.payload];
+    slot.* = .{ .pid = 0, .result = -sys.EIO, .done = 0 };
+    // It must never run a handler of the caller's: what these belong to is not there.
+    var before: u64 = 0;
+    _ = sys.call(.rt_sigprocmask, .{ sig_setmask, @intFromPtr(&every_signal), @intFromPtr(&before), 8, 0, 0 });
+    const pid = sys.call(.clone, .{ 0, 0, 0, 0, 0, 0 });
+    if (pid == 0) {
+        slot.result = giveApart(control, request);
+        @atomicStore(u32, &slot.done, 1, .release);
+        while (true) _ = sys.call(exit_group, .{ 0, 0, 0, 0, 0, 0 });
+    }
+    _ = sys.call(.rt_sigprocmask, .{ sig_setmask, @intFromPtr(&before), 0, 8, 0, 0 });
+    if (pid > 0) slot.pid = pid;
+    return pid;
+}
+
+/// In that process.
+fn giveApart(control: *Control, request: *const layout.ControlRequest) i32 {
+    const fd: usize = @intCast(request.control_fd);
+    if (fd > 0) _ = sys.call(.close_range, .{ 0, fd - 1, 0, 0, 0, 0 });
+    _ = sys.call(.close_range, .{ fd + 1, 0xffff_ffff, 0, 0, 0, 0 });
+    var own: Ring = undefined;
+    var params = std.mem.zeroes(layout.Params);
+    params.flags = setup_sqe128;
+    const made = io_uring_queue_init_params(1, &own, &params);
+    if (made < 0) return made;
+    packControl(control, request, nextSqe(&own, 128));
+    while (pending(&own) == 0) {
+        const result = enterKernel(&own, 1, enter_getevents);
+        if (result < 0 and result != -sys.EINTR and result != -sys.EAGAIN) return result;
+    }
+    return own.cq.cqes[own.cq.khead.* & own.cq.ring_mask].res;
 }
 
 /// Takes one completion: out[0] = payload number, out[1] = result. Returns 1, or 0 when none is
 /// ready. Entering the kernel lets it run the completions of commands it had put off.
 pub fn controlReap(control: *Control, out: *[2]i32) i32 {
+    for (&control.apart, 0..) |*slot, payload| {
+        if (slot.pid == 0) continue;
+        const wait_all = 0x4000_0000;
+        const no_hang = 1;
+        const ended = sys.call(.wait4, .{ @intCast(slot.pid), 0, no_hang | wait_all, 0, 0, 0 });
+        // Whoever killed it has not ended what the driver does.
+        if (@atomicLoad(u32, &slot.done, .acquire) == 0 and ended == 0) continue;
+        out.* = .{ @intCast(payload), slot.result };
+        slot.pid = 0;
+        return 1;
+    }
     const ring = &control.ring;
     if (pending(ring) == 0) {
         const result = enterKernel(ring, 0, enter_getevents);

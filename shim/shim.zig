@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 9;
+const shim_version = 10;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -231,6 +231,16 @@ export fn ubd_close_on_exec() i32 {
 export fn ubd_keep_on_exec(fd: i32) i32 {
     const f_setfd = 2;
     return sys.call(.fcntl, .{ word(fd), f_setfd, 0, 0, 0, 0 });
+}
+
+/// pidfd_open(2), always with O_CLOEXEC: a process that stays itself, whoever gets its id.
+export fn ubd_pidfd_open(pid: i32) i32 {
+    return sys.call(.pidfd_open, .{ word(pid), 0, 0, 0, 0, 0 });
+}
+
+/// pidfd_send_signal(2).
+export fn ubd_pidfd_signal(pidfd: i32, signal: i32) i32 {
+    return sys.call(.pidfd_send_signal, .{ word(pidfd), word(signal), 0, 0, 0, 0 });
 }
 
 /// sched_setaffinity(2) of any thread: `cpus` is a bit set.

@@ -62,6 +62,11 @@ pub fn mapMemory(bytes: usize) Failure!usize {
     return map(bytes, prot_read | prot_write, map_private | map_anonymous | map_noreserve, -1, 0);
 }
 
+/// Zeroed memory that processes have in common which this one forks.
+pub fn mapShared(bytes: usize) Failure!usize {
+    return map(bytes, prot_read | prot_write, map_shared | map_anonymous, -1, 0);
+}
+
 /// Read-only shared mapping; ublk refuses a writable one.
 pub fn mapFile(fd: i32, bytes: usize, offset: usize) Failure!usize {
     return map(bytes, prot_read, map_shared | map_populate, fd, offset);

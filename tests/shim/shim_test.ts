@@ -308,6 +308,32 @@ test("ubd_control_submit refuses payloads outside its areas", async () => {
   native.ubd_control_exit(control.handle);
 });
 
+test("a control command that is given apart is another process's, which leaves nothing", async () => {
+  const control = shim.controlInit();
+  assert.ok(typeof control !== "number");
+  const controlFd = shim.open("/dev/null", 2);
+  const request = { controlFd, opcode: 1, deviceId: 0, queueId: 0, data: 0n, apart: true };
+  const out = new Int32Array(2);
+  const answers: number[][] = [];
+  // A device that knows no commands refuses them; /dev/null takes any (Linux 6.2).
+  for (const payload of [3, 0]) {
+    const more = { payload, payloadBytes: 16, pathBytes: 0 };
+    assert.strictEqual(shim.controlSubmit(control.handle, { ...request, ...more }), 0);
+  }
+  const tasks = readdirSync("/proc/self/task");
+  const children = tasks.map((tid) => readFileSync(`/proc/self/task/${tid}/children`, "utf8"));
+  while (answers.length < 2) {
+    if (native.ubd_control_reap(control.handle, out) === 1) answers.push([...out]);
+    else await new Promise((resolve) => setTimeout(resolve, 1));
+  }
+  assert.deepStrictEqual(answers.map(([payload]) => payload).sort(), [0, 3]);
+  for (const [, result] of answers) assert.ok(result === 0 || result === -95, `${result}`);
+  assert.notStrictEqual(children.join("").trim(), "", "in no process of its own");
+  assert.strictEqual(native.ubd_control_reap(control.handle, out), 0, "answered once");
+  native.ubd_control_exit(control.handle);
+  native.ubd_close(controlFd);
+});
+
 test("file calls answer -errno for bad descriptors, pointers, offsets and sizes", () => {
   const out = new Uint8Array(256);
   const fd = shim.open("/proc/self/exe", 0);
