@@ -34,7 +34,8 @@ import {
 import { isModule, isUrl, MODULE_TARGET } from "../targets/module.ts";
 import { type Command, Option } from "commander";
 import { backingFile, descriptorNumber, filesOf, holdFiles } from "./backing_files.ts";
-import { describeDevice, dumpDevice, isNoneOfOurs } from "./describe.ts";
+import { describeDevice, dumpDevice, holders, isNoneOfOurs, takenError } from "./describe.ts";
+import { toFailure } from "./exit.ts";
 import { print, printJson, tell } from "./output.ts";
 import { serve } from "./server.ts";
 import { type Live, type RecoveryMode, type ServerSpec, startServer } from "./start_server.ts";
@@ -346,10 +347,27 @@ async function add(
     const whole = { ...spec, ...(recover !== undefined && { recover }), ...(files && { files }) };
     const source = recover === undefined ? undefined : { device: recover };
     const held = holdFiles(shim, filesOf(whole), source);
-    await serve(whole, { held, daemon: false, log: tell, onAdded: () => {}, onLive });
+    const onAdded = () => {};
+    await explainingTaken(spec, serve(whole, { held, daemon: false, log: tell, onAdded, onLive }));
     await shown;
   } else {
-    await show(await startServer(spec), options);
+    await show(await explainingTaken(spec, startServer(spec)), options);
+  }
+}
+
+/** The driver says only that an id is taken: a device that is deleted may have it. */
+export async function explainingTaken<T>(
+  { device: { id } }: Pick<ServerSpec, "device">,
+  adding: Promise<T>,
+): Promise<T> {
+  try {
+    return await adding;
+  } catch (error) {
+    const { errno, operation } = toFailure(error);
+    if (errno !== "EEXIST" || operation !== "ADD_DEV") throw error;
+    using control = await Control.open();
+    const heldBy = await holders(control, id);
+    throw heldBy ? takenError(errno, operation, id, heldBy) : error;
   }
 }
 
@@ -370,7 +388,7 @@ async function waitingDevice(spec: ServerSpec): Promise<Pick<ServerSpec, "recove
     if (isNoneOfOurs(error)) return {};
     throw error;
   }
-  if (!known || charDeviceOpeners(control.dialect.charName(id)).length > 0) return {};
+  if (!known || (await charDeviceOpeners(control.dialect, id)).length > 0) return {};
   // What the device itself has, the driver knows; and what was not said may have had another
   // default in the executable that added it.
   const said = (one: unknown) => ({

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: MIT
 /** `ubd del`: stops and deletes devices, whoever serves them. @module */
 
-import { existsSync } from "node:fs";
 import process from "node:process";
 import { clearTimeout, setTimeout } from "node:timers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Command, Option } from "commander";
-import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
+import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { checkpoint } from "../core/checkpoint.ts";
 import { ignoring, UblkError, UsageError } from "../core/error.ts";
 import { readState, removeState } from "../core/state.ts";
-import { charDeviceOpeners, deviceUsers } from "../core/users.ts";
-import { deviceIds, isNoneOfOurs } from "./describe.ts";
+import { deletedNodes, deviceNodes, findUsers, type Nodes, type Users } from "../core/users.ts";
+import { deviceIds, isDeleted, isNoneOfOurs, takenError, whenFree } from "./describe.ts";
 import { deviceLogRemover } from "./device_log.ts";
-import { reportFailure, toFailure } from "./exit.ts";
-import { printJson } from "./output.ts";
+import { EXIT, ReportedError, reportFailure, toFailure } from "./exit.ts";
+import { printJson, tell } from "./output.ts";
+import { requestsInFlight, ServedBy } from "./served_by.ts";
 import { STOPPING_SIGNAL } from "./start_server.ts";
 import { parseDeviceId } from "./size.ts";
 
 /** The server has let go when DEL_DEV ends; its process needs a moment more. */
-const SERVER_EXIT_DEADLINE_MS = 3000;
+const SERVER_EXIT_DEADLINE_MS = 15_000;
 
 /** With --force, a server that has not answered its requests by then is killed. */
 const FORCE_PATIENCE_MS = 5000;
@@ -31,11 +31,16 @@ const TRY_STOP_PATIENCE_MS = 2000;
 /** How long a server may take for the requests in flight before it is told that it stops. */
 const STOP_PATIENCE_MS = 1000;
 
+/** And before the caller is told what is waited for. */
+const SILENCE_MS = 2000;
+
+/** How long the driver may take to give an id back when nobody holds its device. */
+const ID_PATIENCE_MS = 1000;
+
 interface DelOptions {
   number?: number;
   all?: boolean;
   force?: boolean;
-  ifUnused?: boolean;
   lazy?: boolean;
   async?: boolean;
   json?: boolean;
@@ -45,10 +50,10 @@ interface DelOptions {
 export interface Deletion {
   /** Even in use: the users get I/O errors. */
   force?: boolean;
-  /** The driver itself is asked whether the device is in use, as it stops. */
-  ifUnused?: boolean;
   /** Without waiting until the last one has let go. */
   lazy?: boolean;
+  /** Told of each step, as what is left of the device when it is interrupted there. */
+  onStep?: (left: string) => void;
 }
 
 export function defineDel(program: Command): void {
@@ -63,9 +68,9 @@ export function defineDel(program: Command): void {
     .argument("[device...]", "ids, or paths such as /dev/ublkb0")
     .option("-n, --number <id>", "device id", parseDeviceId)
     .option("-a, --all", "all devices")
-    .option("--force", "even in use or hung: its users get I/O errors")
-    .option("--if-unused", "let the driver check for users as it stops, where it can (7.0)")
+    .option("--force", "even in use or hung: its users get I/O errors, its server is killed")
     .option("--lazy", "do not wait until the last one has let go; the kernel finishes (6.9)")
+    .addOption(new Option("--if-unused").hideHelp().conflicts("force")) // What it always does.
     .addOption(new Option("--async").hideHelp())
     .action(del);
 }
@@ -77,92 +82,207 @@ async function del(devices: string[], options: DelOptions): Promise<void> {
   if (!options.all && ids.length === 0) {
     throw new UsageError("Which device? ubd del -n ID, or ubd del --all");
   }
-  if (options.ifUnused && options.force) {
-    throw new UsageError("--if-unused and --force exclude each other");
-  }
-  const deletion = { ...options, lazy: options.lazy || options.async || false };
+  const lazy = options.lazy || options.async || false;
+  const force = options.force ?? false;
 
   using control = await Control.open();
   const deleted: number[] = [];
+  const held: Record<number, readonly string[]> = {};
   let failed: unknown;
   for (const id of new Set(options.all ? deviceIds(control) : ids)) {
     try {
-      await deleteDevice(control, id, deletion);
+      const users = await interruptible(
+        id,
+        (onStep) => deleteDevice(control, id, { force, lazy, onStep }),
+      );
       deleted.push(id);
+      if (users) held[id] = users;
+      if (users) tell(`device ${id} is deleted; ${whenFree(users)}`);
     } catch (error) {
       if (options.all && isNoneOfOurs(error)) continue;
+      if (error instanceof ReportedError) throw error;
       if (failed !== undefined) reportFailure(toFailure(failed), false);
       failed = error;
     }
   }
   if (failed !== undefined) throw failed;
-  if (options.json) printJson({ deleted });
+  if (options.json) printJson({ deleted, ...(Object.keys(held).length > 0 && { held }) });
 }
 
-/** @throws {UblkError} EBUSY: somebody uses it, and `force` is false. */
+/** Ends the wait at SIGINT and SIGTERM, whatever the driver does: it does it in another process. */
+async function interruptible<T>(
+  id: number,
+  work: (onStep: (left: string) => void) => Promise<T>,
+): Promise<T> {
+  let left = "is as it was";
+  const interrupted = Promise.withResolvers<never>();
+  const interrupt = () => {
+    const message = `interrupted; device ${id} ${left}`;
+    interrupted.reject(new ReportedError({ message, exitCode: EXIT.INTERRUPTED }));
+  };
+  const signals = ["SIGINT", "SIGTERM"] as const;
+  for (const signal of signals) process.on(signal, interrupt);
+  try {
+    return await Promise.race([work((step) => left = step), interrupted.promise]);
+  } finally {
+    for (const signal of signals) process.off(signal, interrupt);
+  }
+}
+
+/**
+ * Stops and deletes a device.
+ *
+ * @returns who keeps its id taken all the same, with `force` or `lazy`; undefined: it is free.
+ * @throws {UblkError} EBUSY: somebody uses it, or its server is stopped, and `force` is false;
+ * ETIMEDOUT: the driver waits, or the server does not end.
+ */
 export async function deleteDevice(
   control: Control,
   id: number,
-  { force = false, ifUnused = false, lazy = false }: Deletion,
-): Promise<void> {
-  const { pid: lastPid, state } = await control.getDeviceInfo(id);
-  // A device that nobody serves keeps the last server's: it may be another process's by now.
-  const pid = state === UBLK_S_DEV_LIVE ? lastPid : -1;
-  if (!force) await refuseUsed(control, id);
+  { force = false, lazy = false, onStep = () => {} }: Deletion,
+): Promise<readonly string[] | undefined> {
+  control.apart = true;
+  const info = await control.getDeviceInfo(id);
+  const blockName = control.dialect.blockName(id);
+  if (await isDeleted(control.dialect, id)) {
+    const { lines } = await findUsers(await deletedNodes(blockName));
+    if (!force && !lazy) throw takenError("EBUSY", "delete", id, lines);
+    return lines;
+  }
+  const nodes = deviceNodes(blockName);
+  const server = await ServedBy.find(control, info);
+  if (server?.isStopped && !force) throw stoppedError(id, server);
   const statePid = readState(id)?.pid;
   const forgetLog = deviceLogRemover(id);
-  const canTry = ((control.features ?? 0n) & UBLK_F_SAFE_STOP_DEV) !== 0n;
-  const tried = ifUnused && canTry && state !== UBLK_S_DEV_DEAD;
-  if (tried) await stopUnused(control, id);
-  using _ = hurrying(control, id, pid, force);
+  const goOn = `ubd del ${id} goes on from there`;
+  const kill = force ? "" : `; ubd del --force ${id} kills it`;
+  const waiting = <T>(work: Promise<T>) => hurried(control, id, server, { force, kill }, work);
+
   // DEL_DEV stops too: one that the kernel refuses, because it is lazy, must not have stopped.
-  if (!tried && !lazy) await control.stopDevice(id);
+  const refusesLazy = lazy && control.isUnprivileged(id);
+  const asks = !force && info.state !== UBLK_S_DEV_DEAD && !refusesLazy &&
+    ((control.features ?? 0n) & UBLK_F_SAFE_STOP_DEV) !== 0n;
+  const stopping = `is being stopped, by the driver, which goes on with that; ${goOn}`;
+  if (!asks && !force) refuse(id, (await findUsers(nodes)).lines);
+  onStep(stopping);
+  const stopped = asks && await stopUnused(control, id, nodes, waiting);
+  if (!stopped && !lazy) await waiting(control.stopDevice(id));
   checkpoint("stopped");
+  onStep(`is stopped, and the driver deletes it when all have let go; ${goOn}`);
   // Its server, or another `ubd del`, may have been faster.
   const deleting = lazy
     ? control.deleteDeviceLater(id)
     : force
     ? deleteHeld(control, id)
     : control.deleteDevice(id);
-  await ignoring(["ENODEV"], deleting);
+  await ignoring(["ENODEV"], waiting(deleting));
   checkpoint("deleted");
+  onStep("is deleted; its server is still to end");
   if (statePid !== undefined) removeState(id, statePid);
   forgetLog();
-  if (lazy) return;
-  const deadline = performance.now() + SERVER_EXIT_DEADLINE_MS;
-  while (pid > 0 && existsSync(`/proc/${pid}`) && performance.now() < deadline) await sleep(5);
+  if (server && !lazy) {
+    const kill = `; kill -9 ${server.process.pid} ends it`;
+    await hurried(control, id, server, { force, kill }, serverGone(id, server));
+  }
+  return force || lazy ? await keptBy(control, id, nodes) : undefined;
 }
 
-async function stopUnused(control: Control, id: number): Promise<void> {
+/** The driver stops a device only while nobody has it open. @returns false: it is to be told to. */
+async function stopUnused(
+  control: Control,
+  id: number,
+  nodes: Nodes,
+  waiting: <T>(work: Promise<T>) => Promise<T>,
+): Promise<boolean> {
   const deadline = performance.now() + TRY_STOP_PATIENCE_MS;
   for (;;) {
     try {
-      return await control.tryStopDevice(id);
+      await waiting(control.tryStopDevice(id));
+      return true;
     } catch (error) {
-      const busy = error instanceof UblkError && error.errno === "EBUSY";
-      if (!busy || performance.now() > deadline) throw error;
+      if (!(error instanceof UblkError && error.errno === "EBUSY")) throw error;
     }
-    await refuseUsed(control, id);
+    const { lines, passing }: Users = await findUsers(nodes);
+    refuse(id, lines);
+    if (performance.now() > deadline) {
+      if (passing) return false; // What udev's helpers wait for, the device does not answer.
+      const unseen = "the driver says that somebody has it open, and nobody is to be seen from " +
+        "here: a process that this user or pid namespace does not show, a mount whose namespace " +
+        "has no process";
+      refuse(id, [unseen]);
+    }
     await sleep(50);
   }
 }
 
+/** @throws {UblkError} EBUSY: there are users. */
+function refuse(id: number, users: readonly string[]): void {
+  if (users.length === 0) return;
+  throw new UblkError({
+    errno: "EBUSY",
+    operation: "delete",
+    device: id,
+    hint: `${users.join("; ")}; end that first, or add --force: its users then get I/O errors`,
+  });
+}
+
+function stoppedError(id: number, server: ServedBy): UblkError {
+  const { pid } = server.process;
+  return new UblkError({
+    errno: "EBUSY",
+    operation: "delete",
+    device: id,
+    hint: `${server}: kill -CONT ${pid} lets it go on; or add --force, which kills it`,
+  });
+}
+
 /**
- * The driver waits for requests being served, and these may wait for something far away, or for
- * ever. A server of ours is told, and by --force killed, when that takes long; nobody else is,
- * should it have died since and its process id be in other hands.
+ * Waits for work that needs the server. The driver waits for requests being served, and these may
+ * wait for something far away, or for ever. A server of ours is told, and by --force killed, when
+ * that takes long; nobody else is.
+ *
+ * @throws {UblkError} ETIMEDOUT, with what is waited for.
  */
-function hurrying(control: Control, id: number, pid: number, force: boolean): Disposable {
-  const send = (signal: NodeJS.Signals) => {
-    if (pid <= 0 || readState(id)?.pid !== pid) return;
-    if (!charDeviceOpeners(control.dialect.charName(id)).includes(pid)) return;
-    try {
-      process.kill(pid, signal);
-    } catch { /* it has just ended */ }
+async function hurried<T>(
+  control: Control,
+  id: number,
+  server: ServedBy | undefined,
+  { force, kill }: { force: boolean; kill: string },
+  work: Promise<T>,
+): Promise<T> {
+  const ours = server?.ours ? server : undefined;
+  const send = (signal: NodeJS.Signals) => ours?.process.signal(control.shim, signal);
+  const wait = () => {
+    const requests = requestsInFlight(control.dialect.blockName(id));
+    const who = server ? `${server}` : "the driver waits for somebody";
+    return `${who}${requests && `; ${requests}`}${server ? kill : ""}`;
   };
-  const timers = [setTimeout(send, STOP_PATIENCE_MS, STOPPING_SIGNAL)];
-  if (force) timers.push(setTimeout(send, FORCE_PATIENCE_MS, "SIGKILL"));
-  return { [Symbol.dispose]: () => timers.forEach((timer) => clearTimeout(timer)) };
+  const timers = [
+    setTimeout(send, STOP_PATIENCE_MS, STOPPING_SIGNAL),
+    setTimeout(() => tell(`device ${id} takes its time: ${wait()}`), SILENCE_MS),
+    // One that is stopped will not have answered in a while either.
+    ...(force ? [setTimeout(send, ours?.isStopped ? 0 : FORCE_PATIENCE_MS, "SIGKILL")] : []),
+  ];
+  try {
+    return await work;
+  } catch (error) {
+    if (!(error instanceof UblkError && error.errno === "ETIMEDOUT")) throw error;
+    throw new UblkError({ ...error.details, hint: `${wait()}; ${error.hint}` });
+  } finally {
+    for (const timer of timers) clearTimeout(timer);
+  }
+}
+
+/** @throws {UblkError} ETIMEDOUT: what it has locked stays so. */
+async function serverGone(id: number, server: ServedBy): Promise<void> {
+  const deadline = performance.now() + SERVER_EXIT_DEADLINE_MS;
+  while (!(await server.isGone())) {
+    if (performance.now() > deadline) {
+      const hint = "the device is deleted; what its server has locked stays so until that ends";
+      throw new UblkError({ errno: "ETIMEDOUT", operation: "end the server", device: id, hint });
+    }
+    await sleep(5);
+  }
 }
 
 /** DEL_DEV would wait for whoever still has the device open; the kernel can do that by itself. */
@@ -176,13 +296,18 @@ async function deleteHeld(control: Control, id: number): Promise<void> {
   }
 }
 
-async function refuseUsed(control: Control, id: number): Promise<void> {
-  const users = await deviceUsers(control.dialect.blockName(id));
-  if (users.length === 0) return;
-  throw new UblkError({
-    errno: "EBUSY",
-    operation: "delete",
-    device: id,
-    hint: `${users.join("; ")}; end that first, or add --force: its users then get I/O errors`,
-  });
+/** @returns who keeps the id of a device that is deleted; undefined: it is free. */
+async function keptBy(control: Control, id: number, nodes: Nodes) {
+  const deadline = performance.now() + ID_PATIENCE_MS;
+  for (;;) {
+    try {
+      await control.getDeviceInfo(id);
+    } catch (error) {
+      if (isNoneOfOurs(error)) return undefined;
+      throw error;
+    }
+    if (!(await isDeleted(control.dialect, id))) return undefined; // Another one has it.
+    if (performance.now() > deadline) return (await findUsers(nodes)).lines;
+    await sleep(20);
+  }
 }

@@ -5,13 +5,16 @@
  * @module
  */
 
-import { readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+import type { Dialect } from "../abi/dialect.ts";
 import type { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { contents } from "../core/proc.ts";
 import { type DeviceState, readState } from "../core/state.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import type { TargetFacts } from "../core/target.ts";
+import { deletedNodes, findUsers } from "../core/users.ts";
 import type { Unpacked } from "../abi/struct.ts";
 import {
   UBLK_ATTR_FUA,
@@ -51,6 +54,8 @@ export interface DeviceFacts {
   owner: { uid: number; gid: number };
   queueThreads: DeviceState["queues"];
   target: TargetFacts;
+  /** Of a device that is deleted: who keeps its id taken, as far as it is known. */
+  heldBy?: readonly string[];
 }
 
 /** Name and bit, in the order in which `ublk list` prints them. */
@@ -103,6 +108,60 @@ export function deviceIds(control: Control): number[] {
   }
 }
 
+/** As many ids as are looked at for devices that are deleted and still held: /sys has none. */
+const DELETED_IDS = 64;
+
+/** Ids that are taken only because somebody holds the device that had them. */
+export async function deletedIds(control: Control): Promise<number[]> {
+  const there = deviceIds(control);
+  const found: number[] = [];
+  for (let id = 0; id < DELETED_IDS; id++) {
+    if (!there.includes(id) && (await holders(control, id))) found.push(id);
+  }
+  return found;
+}
+
+/** @returns who holds a device that is deleted; undefined: there is no such one. */
+export async function holders(
+  control: Control,
+  id: number,
+): Promise<readonly string[] | undefined> {
+  try {
+    await control.getDeviceInfo(id);
+  } catch (error) {
+    if (isNoneOfOurs(error)) return undefined;
+    throw error;
+  }
+  if (!(await isDeleted(control.dialect, id))) return undefined;
+  return (await findUsers(await deletedNodes(control.dialect.blockName(id)))).lines;
+}
+
+/** Whether the driver knows a device only because somebody still holds it. */
+export async function isDeleted(dialect: Dialect, id: number): Promise<boolean> {
+  const devices = `/sys/class/${dialect.charClass}`;
+  const gone = () => existsSync(devices) && !existsSync(`${devices}/${dialect.charName(id)}`);
+  if (!gone()) return false;
+  await sleep(50); // One that is just being added is not there at once.
+  return gone();
+}
+
+/** @param users who hold a device that is deleted */
+export function whenFree(users: readonly string[]): string {
+  const who = users.length > 0 ? users.join("; ") : "somebody who is not to be seen from here";
+  return `its id is free when the last one lets go: ${who}`;
+}
+
+/** The id of a device that is deleted is still taken. */
+export function takenError(
+  errno: string,
+  operation: string,
+  id: number,
+  users: readonly string[],
+): UblkError {
+  const hint = `a device of that id is deleted, but still held; ${whenFree(users)}`;
+  return new UblkError({ errno, operation, device: id, hint });
+}
+
 /** Another server may be in the middle of adding the device: it has no parameters yet. */
 export async function knownParams(control: Control, id: number) {
   if (!control.dialect.hasParams) return undefined;
@@ -131,6 +190,9 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
   const served = state !== undefined && state.pid === pid;
   const known = state !== undefined && (served || waits);
   const sizeBytes = params ? Number(params.basic.dev_sectors) * 512 : info.sizeBytes ?? 0;
+  const heldBy = await isDeleted(control.dialect, id)
+    ? (await findUsers(await deletedNodes(control.dialect.blockName(id)))).lines
+    : undefined;
   return {
     id,
     path: control.dialect.blockPath(id),
@@ -161,6 +223,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
     ...(served && state.supervisor !== undefined && { supervisor: state.supervisor }),
     // The server is not told of a resize.
     target: known ? { ...state.target, dev_size: sizeBytes } : {},
+    ...(heldBy && { heldBy }),
   };
 }
 
@@ -230,14 +293,23 @@ export function isNoneOfOurs(error: unknown): boolean {
   return error instanceof UblkError && ["ENODEV", "EACCES", "EPERM"].includes(error.errno);
 }
 
-/** Several devices; those of others, and one that vanishes meanwhile, are left out. */
-export async function describeAll(control: Control): Promise<DeviceFacts[]> {
+/**
+ * Several devices; those of others, and one that vanishes meanwhile, are left out.
+ *
+ * @param onFailure told of one that the driver does not describe: another command may wait there.
+ */
+export async function describeAll(
+  control: Control,
+  onFailure = (error: unknown): void => {
+    throw error;
+  },
+): Promise<DeviceFacts[]> {
   const all = [];
   for (const id of deviceIds(control)) {
     try {
       all.push(await describeDevice(control, id));
     } catch (error) {
-      if (!isNoneOfOurs(error)) throw error;
+      if (!isNoneOfOurs(error)) onFailure(error);
     }
   }
   return all;

@@ -407,6 +407,7 @@ async function checkDevices(): Promise<Finding[]> {
     using control = await Control.open();
     const devices = await describeAll(control);
     const left = devices.filter(({ state, pid }) => state !== "LIVE" && !isAlive(pid));
+    const unlocked = devices.filter(({ pid }) => isAlive(pid) && !isLocked(pid));
     return [
       {
         check,
@@ -422,7 +423,7 @@ async function checkDevices(): Promise<Finding[]> {
           : `${path} ${state === "FAIL_IO" ? "fails" : "holds"} all I/O until it is served again`,
         mend: state === "DEAD" ? `ubd del ${id}, or ubd gc` : `ubd recover ${id}, or ubd del ${id}`,
       })),
-      ...devices.filter(({ pid }) => isAlive(pid) && !isLocked(pid)).flatMap(unlockedSwap),
+      ...(await Promise.all(unlocked.map(unlockedSwap))).flat(),
     ];
   } catch (error) {
     if (!(error instanceof UblkError)) throw error;
@@ -435,8 +436,8 @@ async function checkDevices(): Promise<Finding[]> {
   }
 }
 
-function unlockedSwap({ path, pid }: { path: string; pid: number }): Finding[] {
-  return swapPaths(path.replace("/dev/", "")).map((swap) => ({
+async function unlockedSwap({ path, pid }: { path: string; pid: number }): Promise<Finding[]> {
+  return (await swapPaths(path.replace("/dev/", ""))).map((swap) => ({
     check: "devices",
     level: "warning",
     what: `${swap} is swap, and its server (process ${pid}) is not locked in memory`,

@@ -105,7 +105,7 @@ async function abandoned(control: Control, id: number): Promise<Leftover | undef
   }
   const { state, targetFlags } = info;
   if (state === UBLK_S_DEV_LIVE) return undefined;
-  if (charDeviceOpeners(control.dialect.charName(id)).length > 0) return undefined;
+  if ((await charDeviceOpeners(control.dialect, id)).length > 0) return undefined;
   const known = readState(id, targetFlags);
   const server = known?.pid ?? makerOf(targetFlags);
   const needs: Leftover["needs"] = [];

@@ -1,25 +1,35 @@
 // SPDX-License-Identifier: MIT
 /** `ubd list`, `ubd info` and `ubd features`: what the driver and the state files say. @module */
 
+import process from "node:process";
 import type { Command } from "commander";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
+import { Process } from "../core/proc.ts";
 import { readState } from "../core/state.ts";
+import type { TargetFacts } from "../core/target.ts";
 import { oneLine } from "../core/text.ts";
 import {
+  deletedIds,
   describeAll,
   describeDevice,
   describeParams,
+  type DeviceFacts,
   dumpDevice,
   dumpFeatures,
   featureNames,
+  holders,
   knownParams,
+  whenFree,
 } from "./describe.ts";
-import { print, printJson } from "./output.ts";
+import { reportFailure, toFailure } from "./exit.ts";
+import { print, printJson, tell } from "./output.ts";
 import { formatSize, parseDeviceId } from "./size.ts";
+import { formatTable } from "./table.ts";
 
 interface ListOptions {
   number?: number;
+  long?: boolean;
   verbose?: boolean;
   json?: boolean;
 }
@@ -27,8 +37,12 @@ interface ListOptions {
 export function defineList(program: Command): void {
   program.command("list")
     .summary("show all devices, or one")
-    .description("Shows all devices, or one, as the driver sees them.")
+    .description(
+      "Shows all devices, or one, as the driver sees them: as a table at a terminal, as lines of " +
+        "their own to a pipe or a file.",
+    )
     .option("-n, --number <id>", "only this device", parseDeviceId)
+    .option("-l, --long", "the lines also at a terminal")
     .option("-v, --verbose", "everything, as indented JSON")
     .action(list);
 
@@ -44,20 +58,59 @@ export function defineList(program: Command): void {
     .action(features);
 }
 
-async function list({ number, verbose, json }: ListOptions): Promise<void> {
+async function list({ number, long, verbose, json }: ListOptions): Promise<void> {
   using control = await Control.open();
+  control.apart = true;
+  let failed: unknown;
+  const onFailure = (error: unknown) => {
+    if (failed !== undefined) reportFailure(toFailure(failed), false);
+    failed = error;
+  };
   const devices = number === undefined
-    ? await describeAll(control)
+    ? await describeAll(control, onFailure)
     : [await describeDevice(control, number)];
-  if (json) {
-    printJson(devices);
-    return;
+  if (json) printJson(devices);
+  else if (verbose) await listVerbosely(control, devices);
+  else if (long || !process.stdout.isTTY) print(devices.map(dumpDevice).join(""));
+  else if (devices.length > 0) print(formatTable(rowsOf(devices), process.stdout.columns || 80));
+  else if (failed === undefined) tell("no devices");
+  for (const { id, heldBy } of devices) {
+    if (heldBy) tell(`device ${id} is deleted; ${whenFree(heldBy)}`);
   }
+  for (const id of number === undefined ? await deletedIds(control) : []) {
+    const heldBy = await holders(control, id);
+    if (heldBy) tell(`device ${id} is deleted; ${whenFree(heldBy)}`);
+  }
+  if (failed !== undefined) throw failed;
+}
+
+/** What a person wants to know first. */
+function rowsOf(devices: readonly DeviceFacts[]): string[][] {
+  return [
+    ["DEVICE", "SIZE", "STATE", "SERVER", "TARGET", "WHAT"],
+    ...devices.map((facts) => [
+      facts.path,
+      formatSize(facts.sizeBytes),
+      isStopped(facts) ? `${facts.state}, stopped` : facts.state,
+      facts.pid > 0 ? `${facts.pid}` : "none",
+      `${facts.target.name ?? "not of ubd"}`,
+      `${backingOf(facts.target)}${facts.readOnly ? " (read-only)" : ""}`.trim(),
+    ]),
+  ];
+}
+
+/** The file, module or address that a device is made of. */
+function backingOf(target: TargetFacts): string {
+  const { backing_file: file, backing_files: files, module, url } = target;
+  return Array.isArray(files) ? files.join(" ") : `${file ?? module ?? url ?? ""}`;
+}
+
+function isStopped({ pid }: DeviceFacts): boolean {
+  return pid > 0 && ["T", "t"].includes(Process.find(pid)?.state ?? "");
+}
+
+async function listVerbosely(control: Control, devices: readonly DeviceFacts[]): Promise<void> {
   for (const facts of devices) {
-    if (!verbose) {
-      print(dumpDevice(facts));
-      continue;
-    }
     const params = control.dialect.hasParams ? await control.getParams(facts.id) : {};
     const { queueThreads: _, target, ...device } = facts;
     const queues = Object.fromEntries(facts.queueThreads.map((queue) => [queue.qid, queue]));
@@ -67,6 +120,7 @@ async function list({ number, verbose, json }: ListOptions): Promise<void> {
 
 async function info(id: number, { json }: ListOptions): Promise<void> {
   using control = await Control.open();
+  control.apart = true;
   const facts = await describeDevice(control, id);
   const known = await knownParams(control, id);
   const params = known && describeParams(known);
@@ -76,10 +130,14 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
   }
   const { targetFlags } = await control.getDeviceInfo(id);
   const ours = readState(id, targetFlags) !== undefined;
-  const served = facts.pid > 0 ? `process ${facts.pid}` : "nobody";
+  const stopped = isStopped(facts) ? ", which is stopped (kill -CONT lets it go on)" : "";
+  const served = facts.pid > 0 ? `process ${facts.pid}${stopped}` : "nobody";
   const lines: [string, string][] = [
     ["device", `${facts.path} (${facts.block === "0:0" ? "not there" : facts.block})`],
     ["state", facts.state],
+    ...(facts.heldBy === undefined
+      ? []
+      : [["deleted", whenFree(facts.heldBy)] as [string, string]]),
     ["size", `${formatSize(facts.sizeBytes)} (${facts.sizeBytes} bytes)`],
     ["block", `${facts.blockBytes} bytes${facts.readOnly ? ", read-only" : ""}`],
     ["queues", `${facts.queues} of depth ${facts.depth}, up to ${formatSize(facts.maxIoBytes)}`],

@@ -18,7 +18,7 @@ import { Control } from "../core/control.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { deviceUsers } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
-import { type AddOptions, defineDeviceOptions, toSpec } from "./add.ts";
+import { type AddOptions, defineDeviceOptions, explainingTaken, toSpec } from "./add.ts";
 import { deleteDevice } from "./del.ts";
 import { COMMAND_EXIT, reportFailure, toFailure } from "./exit.ts";
 import { tell } from "./output.ts";
@@ -55,7 +55,8 @@ async function run(words: string[], options: AddOptions): Promise<void> {
   const spec = toSpec(target, files, options);
 
   let leash: Writable | undefined;
-  const live = await startServer(spec, { hold: (held) => leash = held });
+  const starting = startServer(spec, { hold: (held) => leash = held });
+  const live = await explainingTaken(spec, starting);
   try {
     process.exitCode = await runCommand(command, live);
   } finally {

@@ -199,7 +199,7 @@ export class Device {
     return unwinding(options.log, async (undo) => {
       undo.push(() => options.target.close());
       const { anew } = await control.startUserRecovery(id, options.goOn);
-      if (!anew && charDeviceOpeners(control.dialect.charName(id)).length > 0) {
+      if (!anew && (await charDeviceOpeners(control.dialect, id)).length > 0) {
         const hint = "another server is taking it over: see ubd list";
         throw new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
       }

@@ -5,7 +5,9 @@
  * @module
  */
 
-import { readdirSync, readFileSync, readlinkSync } from "node:fs";
+import { readdirSync, readFileSync, readlinkSync, type Stats } from "node:fs";
+import { constants } from "node:os";
+import type { Shim } from "../ffi/mod.ts";
 import { pathOf } from "../ffi/path.ts";
 
 export function namesIn(path: string): string[] {
@@ -32,4 +34,76 @@ export function linkTarget(path: string): string {
   } catch {
     return "";
   }
+}
+
+/** What the kernel calls a device, "259:0": the one that a node is for, whatever the node's name. */
+export function deviceNumber({ rdev }: Pick<Stats, "rdev">): string {
+  // 12 bits of the minor number are around the major one's.
+  return `${rdev >>> 8 & 0xfff}:${rdev & 0xff | rdev >>> 12 & 0xfff00}`;
+}
+
+export function processIds(): number[] {
+  return namesIn("/proc").filter((name) => /^\d+$/.test(name)).map(Number);
+}
+
+/** A process that stays itself: its id alone is another one's some day. */
+export class Process {
+  readonly pid: number;
+  /** In ticks since the machine's start, as /proc has it. */
+  readonly #started: string;
+
+  private constructor(pid: number, started: string) {
+    this.pid = pid;
+    this.#started = started;
+  }
+
+  /** @returns undefined: there is none that has not ended. */
+  static find(pid: number): Process | undefined {
+    const found = statOf(pid);
+    return found && new Process(pid, found.started);
+  }
+
+  /** "R", "S", "D", "T" and so on, see proc(5); undefined: it has ended. */
+  get state(): string | undefined {
+    const found = statOf(this.pid);
+    return found?.started === this.#started ? found.state : undefined;
+  }
+
+  get lives(): boolean {
+    return this.state !== undefined;
+  }
+
+  /** Of each of its threads, as `state`. */
+  get threadStates(): string[] {
+    const tasks = `/proc/${this.pid}/task`;
+    const found = namesIn(tasks).flatMap((tid) => statOf(this.pid, tid)?.state ?? []);
+    return this.lives ? found : [];
+  }
+
+  /** What its threads wait for that no signal ends, such as "folio_wait_bit"; mostly empty. */
+  get waitsFor(): string[] {
+    const tasks = `/proc/${this.pid}/task`;
+    const found = namesIn(tasks).filter((tid) => statOf(this.pid, tid)?.state === "D")
+      .map((tid) => contents(`${tasks}/${tid}/wchan`)).filter((name) => !["", "0"].includes(name));
+    return this.lives ? [...new Set(found)] : [];
+  }
+
+  /** @returns whether it was there to get it, and could be sent it. */
+  signal({ native }: Shim, signal: NodeJS.Signals): boolean {
+    const pidfd = native.ubd_pidfd_open(this.pid);
+    if (pidfd < 0) return false;
+    // While the descriptor is open, the id is that process's: what holds now, holds for the signal.
+    const sent = this.lives && native.ubd_pidfd_signal(pidfd, constants.signals[signal]) === 0;
+    native.ubd_close(pidfd);
+    return sent;
+  }
+}
+
+/** The command's name, in parentheses, may itself hold spaces and parentheses. */
+function statOf(pid: number, tid?: string): { state: string; started: string } | undefined {
+  const stat = contents(`/proc/${pid}/${tid === undefined ? "" : `task/${tid}/`}stat`);
+  const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
+  const [state, started] = [fields[0]!, fields[19]];
+  // What is left of one that has ended holds nothing.
+  return started === undefined || /[ZXx]/.test(state) ? undefined : { state, started };
 }

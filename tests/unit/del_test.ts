@@ -1,40 +1,56 @@
 // SPDX-License-Identifier: MIT
-/** deleteDevice, with a driver that answers from memory. */
+/** deleteDevice, with a driver that answers from memory, and a real process as the server. */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
 import { type DeviceInfo, UBLK } from "../../abi/dialect.ts";
-import { UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE, UBLK_S_DEV_QUIESCED } from "../../abi/ublk_cmd.ts";
+import {
+  UBLK_F_SAFE_STOP_DEV,
+  UBLK_S_DEV_DEAD,
+  UBLK_S_DEV_LIVE,
+  UBLK_S_DEV_QUIESCED,
+} from "../../abi/ublk_cmd.ts";
 import { deleteDevice } from "../../cli/del.ts";
 import { STOPPING_SIGNAL } from "../../cli/start_server.ts";
 import type { Control } from "../../core/control.ts";
 import { UblkError } from "../../core/error.ts";
+import { Process } from "../../core/proc.ts";
 import { writeState } from "../../core/state.ts";
+import { Shim } from "../../ffi/mod.ts";
 
 const ID = 3_000_000 + process.pid;
 
+/** As if the device's character device were one that nobody else has open. */
+const DIALECT = { ...UBLK, charClass: "mem", charName: () => "full" };
+
+type Answer = number | Promise<void> | (() => Promise<void>) | undefined;
+const COMMANDS = ["stopDevice", "tryStopDevice", "deleteDevice", "deleteDeviceLater"] as const;
+
 /** @param answers in place of success. @returns what was asked of it, too. */
 function fakeControl(
-  answers: Partial<Record<"stopDevice" | "deleteDeviceLater", number>>,
+  answers: Partial<Record<typeof COMMANDS[number], Answer>>,
   info: Partial<DeviceInfo> = {},
+  features = 0n,
 ) {
   const asked: string[] = [];
-  const answer = (command: "stopDevice" | "deleteDeviceLater" | "deleteDevice") => () => {
+  const answer = (command: typeof COMMANDS[number]) => () => {
     asked.push(command);
-    const result = command === "deleteDevice" ? undefined : answers[command];
-    return result ? Promise.reject(UblkError.from(result, command)) : Promise.resolve();
+    const result = answers[command];
+    if (typeof result === "number") return Promise.reject(UblkError.from(result, command));
+    return typeof result === "function" ? result() : result ?? Promise.resolve();
   };
+  const getDeviceInfo = () =>
+    asked.includes("deleteDeviceLater")
+      ? Promise.reject(UblkError.from(-19, "GET_DEV_INFO"))
+      : Promise.resolve({ id: ID, pid: -1, state: UBLK_S_DEV_DEAD, ...info });
   const control = {
-    dialect: UBLK,
-    features: 0n,
-    getDeviceInfo: () => Promise.resolve({ id: ID, pid: -1, state: UBLK_S_DEV_DEAD, ...info }),
-    stopDevice: answer("stopDevice"),
-    deleteDeviceLater: answer("deleteDeviceLater"),
-    deleteDevice: answer("deleteDevice"),
+    dialect: DIALECT,
+    shim: new Shim(),
+    features,
+    isUnprivileged: () => false,
+    getDeviceInfo,
+    ...Object.fromEntries(COMMANDS.map((command) => [command, answer(command)])),
   };
   return { control: control as unknown as Control, asked };
 }
@@ -49,41 +65,106 @@ test("with --force, a driver without DEL_DEV_ASYNC gets DEL_DEV, however it says
   await assert.rejects(deleteDevice(control, ID, { force: true }), { errno: "EIO" });
 });
 
+test("without --force, the driver is asked whether somebody has it open, where it can tell", async () => {
+  const live = { state: UBLK_S_DEV_LIVE };
+  const can = fakeControl({}, live, UBLK_F_SAFE_STOP_DEV);
+  await deleteDevice(can.control, ID, {});
+  assert.deepStrictEqual(can.asked, ["tryStopDevice", "deleteDevice"]);
+  const cannot = fakeControl({}, live);
+  await deleteDevice(cannot.control, ID, {});
+  assert.deepStrictEqual(cannot.asked, ["stopDevice", "deleteDevice"]);
+  const dead = fakeControl({}, {}, UBLK_F_SAFE_STOP_DEV);
+  await deleteDevice(dead.control, ID, {});
+  assert.deepStrictEqual(dead.asked, ["stopDevice", "deleteDevice"], "it has no disk to ask about");
+  const forced = fakeControl({}, live, UBLK_F_SAFE_STOP_DEV);
+  await deleteDevice(forced.control, ID, { force: true });
+  assert.deepStrictEqual(forced.asked, ["stopDevice", "deleteDeviceLater"]);
+});
+
+test("a user that the driver knows and nobody sees keeps the device, and is told of honestly", async () => {
+  const live = { state: UBLK_S_DEV_LIVE };
+  const { control, asked } = fakeControl({ tryStopDevice: -16 }, live, UBLK_F_SAFE_STOP_DEV);
+  await assert.rejects(deleteDevice(control, ID, {}), {
+    errno: "EBUSY",
+    message: /the driver says that somebody has it open, and nobody is to be seen from here/,
+  });
+  assert.deepStrictEqual([...new Set(asked)], ["tryStopDevice"]);
+});
+
 const skip = process.getuid!() !== 0 && "needs root";
+
+/** A process that may have the character device open, as the server of a device. */
+async function played(id: number, state: number, opened: string, script = "") {
+  const child = spawn("bash", ["-c", `exec 5< ${opened}; echo; ${script} exec sleep 600`], {
+    stdio: ["ignore", "pipe", "ignore"],
+  });
+  const ended = new Promise((resolve) => child.on("exit", (_, signal) => resolve(signal)));
+  await new Promise((resolve) => child.stdout.once("data", resolve));
+  const { pid = -1 } = child;
+  writeState(id, { mark: 0n, pid, target: {}, queues: [], spec: {} });
+  const info: Partial<DeviceInfo> = { id, pid, state, targetFlags: 0n };
+  const signal = async (name: NodeJS.Signals, letter: string) => {
+    child.kill(name);
+    const found = Process.find(pid)!;
+    while (found.state !== letter) await new Promise((resolve) => setTimeout(resolve, 1));
+  };
+  return { child, ended, info, pid, signal };
+}
 
 test("a stop that takes long is told to the server, and to nobody who has its id now", {
   skip,
 }, async () => {
-  const directory = mkdtempSync(join(tmpdir(), "ubd-del-"));
   const told = Promise.withResolvers<void>();
-  const begin = (id: number, state: number, opened: string) => {
-    const file = join(directory, opened);
-    writeFileSync(file, "");
-    const child = spawn("tail", ["-f", file], { stdio: "ignore" });
-    const ended = new Promise((resolve) => child.on("exit", (_, signal) => resolve(signal)));
-    const { pid = -1 } = child;
-    writeState(id, { mark: 0n, pid, target: {}, queues: [], spec: {} });
-    const { control } = fakeControl({}, { pid, state });
-    const stopDevice = () => told.promise;
-    const deleted = deleteDevice(Object.assign(control, { stopDevice }), id, {});
-    return { child, ended, deleted };
-  };
   // The server last: when it has been told, it was the others' turn before.
-  const others = [
-    begin(ID, UBLK_S_DEV_LIVE, "something else"),
-    begin(ID + 1, UBLK_S_DEV_QUIESCED, UBLK.charName(ID + 1)),
-  ];
-  const server = begin(ID + 2, UBLK_S_DEV_LIVE, UBLK.charName(ID + 2));
+  const all = [
+    await played(ID, UBLK_S_DEV_LIVE, "/dev/zero"),
+    await played(ID + 1, UBLK_S_DEV_QUIESCED, "/dev/zero"),
+    await played(ID + 2, UBLK_S_DEV_LIVE, "/dev/full"),
+  ] as const;
+  const [first, second, server] = all;
+  const deleted = all.map(({ info }) => {
+    const { control } = fakeControl({ stopDevice: told.promise }, info);
+    return deleteDevice(control, info.id!, {});
+  });
   try {
     assert.strictEqual(await server.ended, STOPPING_SIGNAL);
-    for (const { child, ended } of others) {
+    for (const { child, ended } of [first, second]) {
       child.kill("SIGKILL");
       assert.strictEqual(await ended, "SIGKILL");
     }
   } finally {
     told.resolve();
-    for (const { child } of [...others, server]) child.kill("SIGKILL");
-    await Promise.all([...others, server].map(({ deleted }) => deleted));
-    rmSync(directory, { recursive: true });
+    for (const { child } of all) child.kill("SIGKILL");
+    await Promise.all(deleted);
   }
+});
+
+test("a stopped server is told of at once, and --force ends it before it says success", {
+  skip,
+}, async () => {
+  const { info, pid, signal } = await played(ID, UBLK_S_DEV_LIVE, "/dev/full");
+  await signal("SIGSTOP", "T");
+  const refused = fakeControl({}, info, UBLK_F_SAFE_STOP_DEV);
+  await assert.rejects(deleteDevice(refused.control, ID, {}), {
+    errno: "EBUSY",
+    message: new RegExp(`process ${pid}, is stopped.*kill -CONT ${pid} lets it go on.*--force`),
+  });
+  assert.deepStrictEqual(refused.asked, [], "nothing was done");
+  const { control, asked } = fakeControl({}, info);
+  await deleteDevice(control, ID, { force: true });
+  assert.deepStrictEqual(asked, ["stopDevice", "deleteDeviceLater"]);
+  assert.strictEqual(Process.find(pid), undefined, "success before the server was gone");
+});
+
+test("who is no server of ubd's is waited for until it lets go, and never killed", {
+  skip,
+}, async () => {
+  const server = await played(ID, UBLK_S_DEV_LIVE, "/dev/full", "read -t 1.5 <> <(:); exec 5<&-;");
+  const { child, ended, info, pid } = server;
+  writeState(ID, { mark: 0n, pid: pid + 1, target: {}, queues: [], spec: {} });
+  const { control } = fakeControl({}, info);
+  await deleteDevice(control, ID, { force: true });
+  assert.ok(Process.find(pid), "it lives, and has let go");
+  child.kill("SIGKILL");
+  assert.strictEqual(await ended, "SIGKILL");
 });
