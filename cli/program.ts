@@ -60,9 +60,7 @@ function defineProgram(): Command {
     );
   program.option("-v, --version", "show versions");
   program.action((_, command: Command) => {
-    if (command.args.length > 0) {
-      command.error(`unknown command '${command.args[0]}'`);
-    }
+    if (command.args.length > 0) unknownVerb(program, command.args[0]!);
     if (command.opts().version) return version({});
     help(program, undefined, {});
     process.exitCode = EXIT.USAGE;
@@ -83,6 +81,23 @@ function defineProgram(): Command {
   return program;
 }
 
+/** What other tools call it. */
+const SYNONYMS: Record<string, string> = {
+  ...{ create: "add", attach: "add", start: "add", new: "add" },
+  ...{ rm: "del", remove: "del", destroy: "del", detach: "del", stop: "del" },
+  ...{ ls: "list", ps: "list", status: "info", show: "info", logs: "log", check: "doctor" },
+};
+
+function unknownVerb(program: Command, verb: string): never {
+  const same = Object.hasOwn(SYNONYMS, verb) ? SYNONYMS[verb] : undefined;
+  if (same !== undefined) {
+    return program.error(`unknown command '${verb}'\n(Did you mean ${same}?)`);
+  }
+  // It looks for a similar one; its types do not have it.
+  program.args = [verb];
+  return (program as unknown as { unknownCommand(): never }).unknownCommand();
+}
+
 function codes(meanings: readonly (readonly [number | string, string])[]): string {
   return meanings.map(([code, meaning]) => `  ${String(code).padEnd(4)}${meaning}`).join("\n");
 }
@@ -95,7 +110,7 @@ function version({ json }: { json?: boolean }): void {
 
 function help(program: Command, verb: string | undefined, { json }: { json?: boolean }): void {
   const command = verb === undefined ? program : program.commands.find((c) => c.name() === verb);
-  if (!command) program.error(`unknown command '${verb}'`);
+  if (!command) unknownVerb(program, verb!);
   if (!json) return command.outputHelp();
   const texts = program.createHelp();
   const describe = (one: Command): unknown => ({

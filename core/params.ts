@@ -179,10 +179,16 @@ function checkLimits(limits: DeviceLimits): void {
   if (!isBlock(physicalBlockBytes) || physicalBlockBytes < blockBytes) {
     throw new UsageError(`Physical block size ${physicalBlockBytes}: no multiple of ${blockBytes}`);
   }
-  if (!(sizeBytes >= blockBytes && Number.isSafeInteger(sizeBytes)) || sizeBytes % blockBytes) {
+  const sizeMax = Number.MAX_SAFE_INTEGER - Number.MAX_SAFE_INTEGER % blockBytes;
+  if (sizeBytes > sizeMax) {
     throw new UsageError(
-      `Size ${sizeBytes}: it must be a multiple of the ${blockBytes}-byte block, from one block ` +
-        `to ${Number.MAX_SAFE_INTEGER} bytes`,
+      `Size ${sizeBytes}: a device has less than 8 PiB, in blocks of ${blockBytes} up to ` +
+        `${sizeMax} bytes`,
+    );
+  }
+  if (!(sizeBytes >= blockBytes) || sizeBytes % blockBytes) {
+    throw new UsageError(
+      `Size ${sizeBytes}: it must be a multiple of the ${blockBytes}-byte block, and one block at least`,
     );
   }
 }

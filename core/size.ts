@@ -16,7 +16,7 @@ for (const letter of "mgtp") UNITS[letter] = UNITS[letter.toUpperCase()]!;
  * "64M" and "64MiB" are 64 x 1024 x 1024 bytes, "64MB" is 64 million (as in dd and truncate),
  * "2048s" is 2048 sectors of 512 bytes; a bare number is bytes.
  *
- * @throws {UsageError} anything else, fractions of a byte, and what exceeds 2^53.
+ * @throws {UsageError} anything else, fractions of a byte, and what is not below 2^53.
  */
 export function parseSize(text: string, what: string): number {
   const [, digits, unit] = /^(\d+(?:\.\d+)?)\s*([A-Za-z]*)$/.exec(text.trim()) ?? [];
@@ -32,8 +32,9 @@ export function parseSize(text: string, what: string): number {
   const scaled = BigInt(whole + fraction) * BigInt(factor);
   const scale = 10n ** BigInt(fraction.length);
   const bytes = scaled / scale;
-  if (scaled % scale || bytes > Number.MAX_SAFE_INTEGER) {
-    throw new UsageError(`${what} "${text}": it is no whole number of bytes below 2^53`);
+  if (scaled % scale) throw new UsageError(`${what} "${text}": it is no whole number of bytes`);
+  if (bytes > Number.MAX_SAFE_INTEGER) {
+    throw new UsageError(`${what} "${text}": it must be less than 8 PiB (2^53 bytes)`);
   }
   return Number(bytes);
 }

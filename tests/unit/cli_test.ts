@@ -282,3 +282,19 @@ test("ubd prints no control character of what it was given", TIMEOUT, () => {
     assert.ok(JSON.parse(stdout).error.message.includes(name), "JSON keeps its meaning");
   }
 });
+
+test("ubd says which verb was meant, and how large a device may be", TIMEOUT, () => {
+  const meant: [string[], string][] = [
+    [["dell", "0"], "del"],
+    [["lsit"], "list"],
+    [["rm", "0"], "del"],
+    [["ls"], "list"],
+    [["help", "quiece"], "quiesce"],
+  ];
+  for (const [args, verb] of meant) {
+    const unknown = args.find((word) => word !== "help");
+    mistake(args, `unknown command '${unknown}'\n(Did you mean ${verb}?)\nTry: ubd help`);
+  }
+  mistake(["zzzz"], "unknown command 'zzzz'\nTry: ubd help");
+  mistake(["add", "null", "--size", "8P"], 'Size "8P": it must be less than 8 PiB (2^53 bytes)');
+});

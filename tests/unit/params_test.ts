@@ -168,9 +168,17 @@ test("toParams takes sizes from one block to 2^53 - 1, in whole blocks", () => {
       BigInt(sizeBytes) / 512n,
     );
   }
-  for (const sizeBytes of [0, -512, 511, 513, 256, 1000, 2 ** 53, Infinity, NaN]) {
+  for (const sizeBytes of [0, -512, 511, 513, 256, 1000, NaN]) {
     refuses({ sizeBytes }, /^Size .*: it must be a multiple of the 512-byte block/);
   }
+  for (const sizeBytes of [2 ** 53, 2 ** 60, Infinity]) {
+    refuses(
+      { sizeBytes },
+      /^Size .*: a device has less than 8 PiB, .* up to 9007199254740480 bytes/,
+    );
+  }
+  const larger = { blockBytes: 4096, sizeBytes: 2 ** 53 };
+  refuses(larger, /blocks of 4096 up to 9007199254736896 bytes/);
   toParams({ ...LIMITS, blockBytes: 4096, sizeBytes: 4096 }, IO_BYTES);
   refuses({ blockBytes: 4096, sizeBytes: 4096 + 512 }, /^Size 4608: .* 4096-byte block/);
   refuses({ blockBytes: 4096, sizeBytes: 512 }, /^Size 512: /);
