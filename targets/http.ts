@@ -14,9 +14,9 @@ import {
   type ReadRequest,
   type Target,
 } from "../core/define_target.ts";
-import { UblkError, UsageError } from "../core/error.ts";
+import { UsageError } from "../core/error.ts";
 import { BLOCK_BYTES, CacheFile } from "./http_cache.ts";
-import { ImageSource } from "./http_source.ts";
+import { GaveUp, ImageSource, type Surroundings } from "./http_source.ts";
 
 /** Blocks kept in memory. */
 const RECENT_MAX = 256;
@@ -53,18 +53,31 @@ export const httpTarget: Target = defineTarget({
     timeout: { type: "number", default: 300, description: "seconds that I/O waits for the server" },
     etag: { type: "string", description: "refuse the image when its ETag is another" },
   },
-  async open({ url, cache, readahead, timeout, etag }, _shared, log) {
-    if (!(timeout > 0 && timeout <= 86_400)) {
-      throw new UsageError(`Option "timeout" is ${timeout}: say seconds, up to 86400`);
-    }
-    const source = await ImageSource.open(url, log);
-    if (etag !== undefined && etag !== source.validator) {
-      throw new UsageError(`Option "etag" is ${etag}: the image's is ${source.validator}`);
-    }
-    const file = cache === undefined ? undefined : await CacheFile.open(cache, source, log);
-    return new HttpImage(source, file, readahead, timeout * 1000);
-  },
+  open: (options, _shared, log) => openImage(options, log),
 });
+
+/** @param around the network and the clock, when they are not the real ones. */
+export async function openImage(
+  { url, cache, readahead, timeout, etag }: {
+    url: string;
+    cache: string | undefined;
+    readahead: number;
+    timeout: number;
+    etag: string | undefined;
+  },
+  log: (text: string) => void,
+  around?: Surroundings,
+): Promise<BlockDevice> {
+  if (!(timeout > 0 && timeout <= 86_400)) {
+    throw new UsageError(`Option "timeout" is ${timeout}: say seconds, up to 86400`);
+  }
+  const source = await ImageSource.open(url, log, around);
+  if (etag !== undefined && etag !== source.validator) {
+    throw new UsageError(`Option "etag" is ${etag}: the image's is ${source.validator}`);
+  }
+  const file = cache === undefined ? undefined : await CacheFile.open(cache, source, log);
+  return new HttpImage(source, file, readahead, timeout * 1000);
+}
 
 class HttpImage implements BlockDevice {
   readonly size: number;
@@ -101,7 +114,7 @@ class HttpImage implements BlockDevice {
   async read({ offset, length, buffer, signal }: ReadRequest): Promise<void> {
     if (signal.aborted) this.#source.stop();
     else signal.addEventListener("abort", this.#source.stop);
-    const deadline = performance.now() + this.#patienceMs;
+    const deadline = this.#source.deadline(this.#patienceMs);
     const end = Math.min(offset + length, this.#source.bytes);
     const wanted = Math.min(end + this.#aheadOf(offset, end), this.#source.bytes);
     for (let at = offset; at < end;) {
@@ -116,7 +129,6 @@ class HttpImage implements BlockDevice {
       }
       at = stop;
     }
-    this.#source.check();
     this.#fetchAhead(end, wanted, deadline);
   }
 
@@ -155,12 +167,13 @@ class HttpImage implements BlockDevice {
       }
       const isAnothers = this.#coming.has(index);
       if (!isAnothers) this.#fetch(index, wanted, deadline);
+      const coming = this.#coming.get(index)!;
+      if (!isAnothers) return await coming;
       try {
-        return await this.#coming.get(index)!;
+        return await this.#source.within(coming, deadline);
       } catch (error) {
         // Who began earlier gives up earlier.
-        const isLate = error instanceof UblkError && error.errno === "ETIMEDOUT";
-        if (!isAnothers || !isLate || performance.now() >= deadline) throw error;
+        if (!(error instanceof GaveUp) || this.#source.isOver(deadline)) throw error;
       }
     }
   }
