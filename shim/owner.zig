@@ -28,6 +28,10 @@ const DevInfo = extern struct {
 };
 
 const at_fdcwd: usize = @bitCast(@as(isize, -100));
+const at_empty_path = 0x1000;
+const type_mask = 0o170000;
+const type_char = 0o020000;
+const type_block = 0o060000;
 const open_cloexec = 0o2000000;
 const open_rdwr = 2;
 
@@ -35,31 +39,76 @@ pub fn main() void {
     linux.exit(if (give()) 0 else 1);
 }
 
+/// The node is opened before the driver is asked, and is what is changed: when the device is deleted
+/// meanwhile and another gets its id, that one has another node.
 fn give() bool {
     var arguments: [256]u8 = undefined;
     const name = argument(commandLine(&arguments) orelse return false);
-    const info = deviceInfo(deviceId(name) orelse return false) orelse return false;
+    const id = deviceId(name) orelse return false;
+    const node = openNode(name) orelse return false;
+    const info = deviceInfo(id) orelse return false;
     if (info.flags & unprivileged == 0) return true;
+    if (!isDevice(node, name)) return false;
+    const empty = @intFromPtr(@as([*:0]const u8, ""));
+    const owner = .{ word(node), empty, info.owner_uid, info.owner_gid, at_empty_path, 0 };
+    if (sys.call(.fchownat, owner) < 0) return false;
+    var path: [64]u8 = @splat(0);
+    // fchmod takes no O_PATH, and fchmodat2 came with Linux 6.6.
+    _ = decimal(@intCast(node), &path, write(&path, 0, "/proc/self/fd/"));
+    return sys.call(.fchmodat, .{ at_fdcwd, @intFromPtr(&path), 0o600, 0, 0, 0 }) >= 0;
+}
+
+/// Of /dev, and no link. Not opened for I/O, which a device would take notice of.
+fn openNode(name: []const u8) ?i32 {
     var path: [64]u8 = @splat(0);
     const directory = "/dev/";
-    if (name.len >= path.len - directory.len) return false;
-    for (directory, 0..) |character, i| path[i] = character;
-    for (name, directory.len..) |character, i| path[i] = character;
-    const at = @intFromPtr(&path);
-    const owner = sys.call(.fchownat, .{ at_fdcwd, at, info.owner_uid, info.owner_gid, 0, 0 });
-    return owner >= 0 and sys.call(.fchmodat, .{ at_fdcwd, at, 0o600, 0, 0, 0 }) >= 0;
+    if (name.len >= path.len - directory.len) return null;
+    _ = write(&path, write(&path, 0, directory), name);
+    const flags: u32 = @bitCast(linux.O{ .PATH = true, .NOFOLLOW = true, .CLOEXEC = true });
+    const fd = sys.call(.openat, .{ at_fdcwd, @intFromPtr(&path), flags, 0, 0, 0 });
+    return if (fd >= 0) fd else null;
+}
+
+/// Whether a node has the type and number that the kernel knows under this name.
+fn isDevice(node: i32, name: []const u8) bool {
+    var stat: linux.Statx = undefined;
+    const empty = @intFromPtr(@as([*:0]const u8, ""));
+    const mask = 0x7ff;
+    const query = .{ word(node), empty, at_empty_path, mask, @intFromPtr(&stat), 0 };
+    if (sys.call(.statx, query) < 0) return false;
+    const is_char = name[4] == 'c';
+    const expected_type: u32 = if (is_char) type_char else type_block;
+    if (stat.mode & type_mask != expected_type) return false;
+
+    var path: [128]u8 = @splat(0);
+    const class = if (is_char) "/sys/class/ublk-char/" else "/sys/class/block/";
+    _ = write(&path, write(&path, write(&path, 0, class), name), "/dev");
+    var known: [32]u8 = undefined;
+    const bytes = read(&path, &known) orelse return false;
+    var expected: [32]u8 = undefined;
+    var end = decimal(stat.rdev_major, &expected, 0);
+    end = decimal(stat.rdev_minor, &expected, write(&expected, end, ":"));
+    end = write(&expected, end, "\n");
+    return std.mem.eql(u8, known[0..bytes], expected[0..end]);
 }
 
 /// From /proc, since how `main` gets its arguments differs between versions of Zig.
 fn commandLine(buffer: *[256]u8) ?[]const u8 {
-    const path: [*:0]const u8 = "/proc/self/cmdline";
-    const fd = sys.call(.openat, .{ at_fdcwd, @intFromPtr(path), open_cloexec, 0, 0, 0 });
-    if (fd < 0) return null;
-    const bytes = sys.call(.read, .{ @intCast(fd), @intFromPtr(buffer), buffer.len, 0, 0, 0 });
-    return if (bytes > 0) buffer[0..@intCast(bytes)] else null;
+    var path: [20]u8 = @splat(0);
+    _ = write(&path, 0, "/proc/self/cmdline");
+    const bytes = read(&path, buffer) orelse return null;
+    return buffer[0..bytes];
 }
 
-/// What stands behind the program's name.
+/// What is at a path that ends with a zero. Returns the number of bytes: one or more.
+fn read(path: []const u8, buffer: []u8) ?usize {
+    const fd = sys.call(.openat, .{ at_fdcwd, @intFromPtr(path.ptr), open_cloexec, 0, 0, 0 });
+    if (fd < 0) return null;
+    const bytes = sys.call(.read, .{ word(fd), @intFromPtr(buffer.ptr), buffer.len, 0, 0, 0 });
+    return if (bytes > 0) @intCast(bytes) else null;
+}
+
+/// What stands after the program's name.
 fn argument(line: []const u8) []const u8 {
     var start: usize = 0;
     while (start < line.len and line[start] != 0) start += 1;
@@ -125,6 +174,16 @@ fn deviceInfo(id: u32) ?DevInfo {
         _ = sys.call(.nanosleep, .{ @intFromPtr(&pause), 0, 0, 0, 0, 0 });
     }
     return null;
+}
+
+fn word(fd: i32) usize {
+    return @intCast(fd);
+}
+
+/// Writes text at `start`. Returns where it ends.
+fn write(to: []u8, start: usize, text: []const u8) usize {
+    for (text, start..) |character, i| to[i] = character;
+    return start + text.len;
 }
 
 /// Writes a number at `start`. Returns where it ends.

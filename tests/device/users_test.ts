@@ -74,6 +74,18 @@ deviceTest("without the udev rules, a user is told exactly what to install", {
   assert.equal((await scene.ubd("del", "41")).code, 0);
 });
 
+/** Under other nodes in /dev: the device's own, a link to a file, and another device's. */
+const SWAPPED = `give() { /usr/local/lib/ubd/ubd-owner "$1" || :; }
+  nodes=(/dev/ublk-control /dev/ublkb$1 /dev/ublkc$1)
+  cp -a "\${nodes[@]}" .; touch victim; chmod 644 victim; victim=$PWD/victim
+  mount -t tmpfs tmpfs /dev; cp -a ublk-control ublkb$1 ublkc$1 /dev
+  chown 0:0 "\${nodes[@]}"
+  give ublkb$1; stat -c "b %u %a" /dev/ublkb$1
+  give ublkc$1; stat -c "c %u %a" /dev/ublkc$1
+  ln -sf $victim /dev/ublkb$1; give ublkb$1; stat -c "link %u %a" $victim
+  rm /dev/ublkb$1; mknod -m 644 /dev/ublkb$1 b 1 0; give ublkb$1
+  stat -c "other %u %a" /dev/ublkb$1`;
+
 deviceTest("two users have a device each, and neither can touch the other's", {
   limitS: 240,
 }, async (scene) => {
@@ -105,6 +117,11 @@ deviceTest("two users have a device each, and neither can touch the other's", {
     const listed = [...mine.stdout.matchAll(/^dev id (\d+):/gm)].map(([, id]) => Number(id));
     assert.deepEqual(listed, [device.id], "a list of one's own");
   }
+  // What udev runs gives away a device's own node, and nothing that is in its place.
+  const swapped = await scene.run(["unshare", "-m", "bash", "-euc", SWAPPED, "-", `${hers.id}`]);
+  assert.equal(swapped.code, 0, swapped.stdout + swapped.stderr);
+  assert.equal(swapped.stdout, `b ${alice.uid} 600\nc ${alice.uid} 600\nlink 0 644\nother 0 644\n`);
+
   await bob.refused(/device \d+: EACCES.*owner/, "ubd", "del", "--force", `${hers.id}`);
   await bob.refused(/device \d+: EACCES.*owner/, "ubd", "info", `${hers.id}`);
   await bob.refused(/device \d+: EPERM/, "ubd", "del", `${root.id}`);
