@@ -119,7 +119,6 @@ deviceTest("the disk under an image cannot be unmounted while it is served; othe
   const targets = [
     ["loop", `${point}/disk.img`],
     ["fault", `${point}/disk.img`],
-    ["concat", `${point}/disk.img`],
     [`${scene.directory}/memory.ts`],
   ];
   for (const target of targets) {
@@ -170,30 +169,6 @@ deviceTest("an image by descriptor: standard input, and one of the shell's", {
   const none = await scene.ubd("add", "loop", "/proc/self/fd/77");
   assert.equal(none.code, 2, none.stderr);
   assert.match(none.stderr, /EBADF.*descriptor 77/);
-});
-
-deviceTest("who has an image is named, also the kernel's loop driver by any name of the file", {
-  anyKernel: true,
-}, async (scene) => {
-  const image = scene.image("disk.img", 8 << 20);
-  const device = await scene.add("loop", image);
-  await scene.sh("ln disk.img link.img");
-  for (const again of [image, `${scene.directory}/link.img`]) {
-    const { code, stderr } = await scene.ubd("add", "loop", again);
-    assert.equal(code, 4, stderr);
-    assert.match(stderr, new RegExp(`EBUSY.*process ${device.pid} \\(`));
-  }
-  await scene.del(device);
-
-  const odd = scene.image("disk ", 8 << 20);
-  const loop = await scene.losetup(`'${odd}'`);
-  for (const file of [odd, "moved"]) {
-    const path = file === odd ? odd : join(scene.directory, file);
-    const { code, stderr } = await scene.ubd("add", "loop", path);
-    assert.equal(code, 4, stderr);
-    assert.match(stderr, new RegExp(`EBUSY.*${loop} has it as backing file`));
-    await scene.sh("mv 'disk ' moved 2> /dev/null || true");
-  }
 });
 
 deviceTest("a name that is no UTF-8 is served, told, recovered and deleted", {

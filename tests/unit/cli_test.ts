@@ -39,6 +39,15 @@ function ubd(...args: string[]): Outcome {
   return { code: status, stdout, stderr };
 }
 
+test("a name that is no UTF-8 reaches the file system as it was given", {
+  skip: "Deno" in globalThis && "Deno takes no such arguments",
+}, () => {
+  const words = [process.execPath, ...RUN, "add", "loop"].map((word) => `'${word}'`).join(" ");
+  const script = `exec ${words} "$(printf '/caf\\351.img')"`;
+  const { stderr } = spawnSync("sh", ["-c", script], { encoding: "utf8" });
+  assert.match(stderr, /^ubd: Cannot open \/caf\\xE9\.img: ENOENT/);
+});
+
 /** A mistake: exit 2, nothing on standard output, one reason on standard error. */
 function mistake(args: string[], reason: RegExp | string): void {
   const { code, stdout, stderr } = ubd(...args);
