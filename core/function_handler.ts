@@ -4,7 +4,9 @@
  *
  * A request object per tag, made once: a function that returns no promise costs no allocation. A
  * promise sends the queue to the event loop. One that is not settled in time is given up: its
- * request is answered, and its tag gets new memory, since the function still holds the old one.
+ * request is answered, and its tag gets other memory, since the function still holds the old one,
+ * until its promise settles. There is a fixed number of spare buffers. When the functions that were
+ * given up hold all of them, a tag without one fails its requests at once, until one comes back.
  * @module
  */
 
@@ -28,6 +30,7 @@ import type {
   ZeroRequest,
 } from "./define_target.ts";
 import { UblkError } from "./error.ts";
+import { describeThrown } from "./log.ts";
 import { type Queue, SECTOR_BYTES } from "./queue.ts";
 import type { RequestHandler, ServeContext } from "./target.ts";
 
@@ -39,65 +42,67 @@ const TIMER_MAX_MS = 2 ** 31 - 1;
 /** Calls back once, whatever somebody's promise has for a `then` of its own. */
 const { then } = Promise.prototype;
 
-type Settle = (queue: Queue, tag: number, outcome: unknown, rejected: boolean) => void;
+type Settle = (slot: Slot, outcome: unknown, rejected: boolean) => void;
 
-/** A tag's request, as all kinds of handlers see it. */
+/**
+ * A tag's request, as all kinds of handlers see it: properties of its own, set anew for each request,
+ * so that `{ ...request }` has them too. It stays as it is when it is given up.
+ */
 class TagRequest implements ReadRequest, WriteRequest, ZeroRequest {
+  offset = 0;
+  length = 0;
+  buffer: Uint8Array<ArrayBuffer>;
   readonly signal: AbortSignal;
-  /** What its promises are settled with goes here: made once, as it is. */
+  fua = false;
+  mayUnmap = false;
+
+  constructor(buffer: Uint8Array<ArrayBuffer>, signal: AbortSignal) {
+    this.buffer = buffer;
+    this.signal = signal;
+  }
+}
+
+/** What a tag has for its requests, made once; and once more when a function keeps it too long. */
+class Slot {
+  readonly queue: Queue;
+  readonly tag: number;
+  /** All of the tag's memory, as long as the tag has it. */
+  readonly memory: Uint8Array<ArrayBuffer>;
+  readonly request: TagRequest;
+  /** What a request's promise is settled with goes here. */
   readonly fulfilled: (value: void | number) => void;
   readonly rejected: (error: unknown) => void;
-  readonly #queue: Queue;
-  readonly #tag: number;
-  /** All of the tag's memory, as long as the tag has it. */
-  readonly #memory: Uint8Array<ArrayBuffer>;
-  #buffer: Uint8Array<ArrayBuffer>;
-  /** What it was about, once it was given up: the tag serves another request then. */
-  #left: { offset: number; length: number; flags: number } | undefined;
+  /** The last one that was needed. */
+  private data: Uint8Array<ArrayBuffer>;
+  private readonly none: Uint8Array<ArrayBuffer>;
 
   constructor(queue: Queue, tag: number, signal: AbortSignal, settle: Settle) {
-    this.#queue = queue;
-    this.#tag = tag;
-    this.#memory = queue.data(tag, queue.ioBytesMax);
-    this.#buffer = queue.data(tag, 0);
-    this.signal = signal;
-    this.fulfilled = (value) => {
-      if (!this.#left) settle(queue, tag, value, false);
-    };
-    this.rejected = (error) => {
-      if (!this.#left) settle(queue, tag, error, true);
-    };
+    this.queue = queue;
+    this.tag = tag;
+    this.memory = queue.buffer(tag);
+    this.none = this.data = this.memory.subarray(0, 0);
+    this.request = new TagRequest(this.none, signal);
+    this.fulfilled = (value) => settle(this, value, false);
+    this.rejected = (error) => settle(this, error, true);
   }
 
-  get offset(): number {
-    return this.#left?.offset ?? this.#queue.offset(this.#tag);
+  /** Throws when somebody has detached the memory, or frozen the request. */
+  describe(): void {
+    const { queue, tag, request } = this;
+    const flags = queue.flags(tag);
+    const length = queue.bytes(tag);
+    request.offset = queue.offset(tag);
+    request.length = length;
+    request.fua = (flags & UBLK_IO_F_FUA) !== 0;
+    request.mayUnmap = (flags & UBLK_IO_F_NOUNMAP) === 0;
+    if (!movesData(flags & 0xff)) return void (request.buffer = this.none);
+    if (this.data.length !== length) this.data = this.memory.subarray(0, length);
+    request.buffer = this.data;
   }
 
-  get length(): number {
-    return this.#left?.length ?? this.#queue.bytes(this.#tag);
-  }
-
-  get buffer(): Uint8Array<ArrayBuffer> {
-    const { length } = this;
-    if (this.#buffer.length !== length) this.#buffer = this.#memory.subarray(0, length);
-    return this.#buffer;
-  }
-
-  get fua(): boolean {
-    return (this.#flags & UBLK_IO_F_FUA) !== 0;
-  }
-
-  get mayUnmap(): boolean {
-    return (this.#flags & UBLK_IO_F_NOUNMAP) === 0;
-  }
-
-  get #flags(): number {
-    return this.#left?.flags ?? this.#queue.flags(this.#tag);
-  }
-
-  /** The function that still holds it shall go on with what it was asked for. */
-  leave(): void {
-    this.#left = { offset: this.offset, length: this.length, flags: this.#flags };
+  /** The memory is another thread's now, or nobody's. */
+  get isDetached(): boolean {
+    return this.memory.length === 0;
   }
 }
 
@@ -108,7 +113,9 @@ export class FunctionHandler implements RequestHandler {
   private readonly maxConcurrent: number;
   private readonly blockSize: number;
   private readonly stop = new AbortController();
-  private readonly requests: (TagRequest | undefined)[];
+  private readonly slots: (Slot | undefined)[];
+  /** Tags for which there was no memory. */
+  private readonly parked: Uint8Array;
   /** A write is done and waits for `flush`. */
   private readonly syncing: Uint8Array;
   /** Bytes that are done, to be answered after the `flush`. */
@@ -127,7 +134,8 @@ export class FunctionHandler implements RequestHandler {
     this.timeoutMs = device.timeoutMs ?? TIMEOUT_DEFAULT_MS;
     this.maxConcurrent = device.maxConcurrent ?? depth;
     this.blockSize = device.blockSize ?? SECTOR_BYTES;
-    this.requests = new Array(depth);
+    this.slots = new Array(depth);
+    this.parked = new Uint8Array(depth);
     this.syncing = new Uint8Array(depth);
     this.done = new Float64Array(depth);
     this.deadlines = new Float64Array(depth);
@@ -138,32 +146,51 @@ export class FunctionHandler implements RequestHandler {
   }
 
   handle(queue: Queue, tag: number): void {
+    if (this.parked[tag] && !this.unpark(queue, tag)) return;
     if (this.outstanding < this.maxConcurrent) this.begin(queue, tag);
     else this.waiting.push(tag);
   }
 
-  private begin(queue: Queue, tag: number): void {
-    this.syncing[tag] = 0;
-    this.call(queue, tag);
+  /** @returns whether the request can be served; else it is answered. */
+  private unpark(queue: Queue, tag: number): boolean {
+    const renewed = queue.renewData(tag);
+    this.parked[tag] = renewed ? 0 : 1;
+    // What a WRITE came with is lost.
+    if (renewed && queue.op(tag) !== UBLK_IO_OP_WRITE) return true;
+    queue.commit(tag, -ERRNO.ETIMEDOUT);
+    return false;
   }
 
-  private call(queue: Queue, tag: number): void {
-    const request = this.requests[tag] ?? this.newRequest(queue, tag);
+  private begin(queue: Queue, tag: number): void {
+    this.syncing[tag] = 0;
+    let slot = this.slots[tag] ?? this.newSlot(queue, tag);
+    try {
+      slot.describe();
+    } catch {
+      if (slot.isDetached) return this.replace(slot);
+      slot = this.newSlot(queue, tag);
+      slot.describe();
+    }
+    this.call(slot);
+  }
+
+  private call(slot: Slot): void {
+    const { queue, tag } = slot;
     let answer: Answer;
     let promise: Promise<void | number> | undefined;
     try {
-      answer = this.ask(queue, tag, request);
+      answer = this.ask(queue, tag, slot.request);
       // Whatever else has a `then` may call back twice, or throw.
       if (isPromise(answer)) promise = Promise.resolve(answer);
     } catch (error) {
-      return this.fail(queue, tag, error);
+      return this.fail(slot, error);
     }
-    if (promise) this.wait(queue, tag, promise);
-    else this.answer(queue, tag, answer as void | number);
+    if (promise) this.wait(slot, promise);
+    else this.answer(slot, answer as void | number);
   }
 
-  private newRequest(queue: Queue, tag: number): TagRequest {
-    return this.requests[tag] = new TagRequest(queue, tag, this.stop.signal, this.settle);
+  private newSlot(queue: Queue, tag: number): Slot {
+    return this.slots[tag] = new Slot(queue, tag, this.stop.signal, this.settle);
   }
 
   private ask(queue: Queue, tag: number, request: TagRequest): Answer {
@@ -187,21 +214,22 @@ export class FunctionHandler implements RequestHandler {
     }
   }
 
-  private wait(queue: Queue, tag: number, answer: Promise<void | number>): void {
+  private wait(slot: Slot, answer: Promise<void | number>): void {
     this.needsEventLoop = true;
     this.outstanding++;
-    this.deadlines[tag] = performance.now() + this.timeoutMs;
-    if (!this.timer) this.giveUpIn(queue, this.timeoutMs);
-    const { fulfilled, rejected } = this.requests[tag]!;
-    then.call(answer, fulfilled, rejected);
+    this.deadlines[slot.tag] = performance.now() + this.timeoutMs;
+    if (!this.timer) this.giveUpIn(slot.queue, this.timeoutMs);
+    then.call(answer, slot.fulfilled, slot.rejected);
   }
 
-  private readonly settle: Settle = (queue, tag, outcome, rejected) => {
-    if (queue.disposed) return;
+  private readonly settle: Settle = (slot, outcome, rejected) => {
+    const { queue, tag, memory } = slot;
+    // It was given up, or all were: only what it holds is of interest.
+    if (this.slots[tag] !== slot || queue.disposed) return queue.giveBack(memory);
     try {
       this.free(tag);
-      if (rejected) this.fail(queue, tag, outcome);
-      else this.answer(queue, tag, outcome as void | number);
+      if (rejected) this.fail(slot, outcome);
+      else this.answer(slot, outcome as void | number);
       this.beginWaiting(queue);
     } catch (error) {
       queue.break(error);
@@ -238,41 +266,59 @@ export class FunctionHandler implements RequestHandler {
           continue;
         }
         this.free(tag);
-        this.requests[tag]!.leave();
-        this.requests[tag] = undefined;
-        queue.renewData(tag);
         const op = OP_NAMES.get(queue.op(tag));
         this.log(`${op} took more than ${this.timeoutMs} ms and was given up`);
+        this.renew(queue, tag);
         queue.commit(tag, -ERRNO.ETIMEDOUT);
       }
+      if (next < Infinity) this.giveUpIn(queue, next - now);
       this.beginWaiting(queue);
     } catch (error) {
       queue.break(error);
     }
-    if (next < Infinity) this.giveUpIn(queue, next - now);
   }
 
-  private answer(queue: Queue, tag: number, value: void | number): void {
-    if (this.syncing[tag]) return queue.commit(tag, this.done[tag]!);
+  /** Gives the tag other memory, and leaves the old one and the request to the function. */
+  private renew(queue: Queue, tag: number): void {
+    this.slots[tag] = undefined;
+    if (queue.renewData(tag)) return;
+    this.parked[tag] = 1;
+    this.log(
+      "functions that were given up, or have transferred their buffers, hold all there are: " +
+        "requests fail at once (ETIMEDOUT) until one of them ends",
+    );
+  }
+
+  /** The request's data went where its function has sent it. */
+  private replace({ queue, tag }: Slot): void {
+    const op = OP_NAMES.get(queue.op(tag));
+    this.log(`${op} fails: its buffer was transferred (transfer a copy: buffer.slice().buffer)`);
+    this.renew(queue, tag);
+    queue.commit(tag, -ERRNO.EIO);
+  }
+
+  private answer(slot: Slot, value: void | number): void {
+    const { queue, tag } = slot;
+    if (this.syncing[tag]) return this.commit(slot, this.done[tag]!);
     const op = queue.op(tag);
-    const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
+    const moves = movesData(op);
     const bytes = queue.bytes(tag);
     if (value !== undefined && !(Number.isInteger(value) && value >= 0 && value <= bytes)) {
       const what = typeof value === "number" ? value : `a ${typeof value}`;
-      return this.fail(queue, tag, new RangeError(`it answered ${what}, of ${bytes} bytes`));
+      return this.fail(slot, new RangeError(`it answered ${what}, of ${bytes} bytes`));
     }
     if (op === UBLK_IO_OP_WRITE_ZEROES && value !== undefined && value < bytes) {
-      return this.fail(queue, tag, new RangeError(`it zeroed ${value} of ${bytes} bytes`));
+      return this.fail(slot, new RangeError(`it zeroed ${value} of ${bytes} bytes`));
     }
     // Whole blocks: the kernel cannot ask again for a part of one.
     const done = moves ? Math.floor((value ?? bytes) / this.blockSize) * this.blockSize : 0;
     if (moves && done === 0) {
-      return this.fail(queue, tag, new RangeError(`it answered ${value}: less than a block`));
+      return this.fail(slot, new RangeError(`it answered ${value}: less than a block`));
     }
-    if (!this.mustSync(queue, tag, op)) return queue.commit(tag, done);
+    if (!this.mustSync(queue, tag, op)) return this.commit(slot, done);
     this.done[tag] = done;
     this.syncing[tag] = 1;
-    this.call(queue, tag);
+    this.call(slot);
   }
 
   private mustSync(queue: Queue, tag: number, op: number): boolean {
@@ -281,14 +327,25 @@ export class FunctionHandler implements RequestHandler {
     return writes && (queue.flags(tag) & UBLK_IO_F_FUA) !== 0;
   }
 
-  private fail(queue: Queue, tag: number, error: unknown): void {
+  private fail(slot: Slot, error: unknown): void {
+    const { queue, tag } = slot;
+    if (slot.isDetached) return this.replace(slot); // Whatever it threw comes of that.
     const errno = errnoOf(error);
     if (error instanceof UblkError) this.log(error.message);
     else if (errno === undefined) {
-      this.log(`${OP_NAMES.get(queue.op(tag))} fails: ${describe(error)}`);
+      this.log(`${OP_NAMES.get(queue.op(tag))} fails: ${describeThrown(error)}`);
     }
-    queue.commit(tag, -(errno ?? ERRNO.EIO));
+    this.commit(slot, -(errno ?? ERRNO.EIO));
   }
+
+  private commit(slot: Slot, result: number): void {
+    if (slot.isDetached) return this.replace(slot);
+    slot.queue.commit(slot.tag, result);
+  }
+}
+
+function movesData(op: number): boolean {
+  return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
 }
 
 function isPromise(answer: Answer): answer is Promise<void | number> {
@@ -304,13 +361,5 @@ function errnoOf(error: unknown): number | undefined {
       : undefined;
   } catch {
     return undefined;
-  }
-}
-
-function describe(error: unknown): string {
-  try {
-    return error instanceof Error ? error.stack ?? error.message : String(error);
-  } catch {
-    return `a ${typeof error} that cannot be shown`;
   }
 }

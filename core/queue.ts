@@ -138,21 +138,20 @@ export class Queue implements Disposable {
   }
 
   /**
-   * Closes the ring; what the driver still holds of it is cancelled. Views die with it, except
-   * those of a request that is being served: its function may still write to it.
+   * Closes the ring; what the driver still holds of it is cancelled. Views of its memory are empty
+   * from then on, except those of a request that is being served, or was given up: its function may
+   * still use them.
    *
    * Not while there may be requests, unless the thread ends too: 6.12, unlike 7.2, may hand one to
    * the closed ring as long as the thread lives, and then it is never answered.
    */
   [Symbol.dispose](): void {
     if (this.closed) return;
-    const serving = this.states.indexOf(SERVING);
-    // What was renewed once is never unmapped.
-    if (serving >= 0 && this.copies) this.shim.renewBuffer(this.memory, serving);
+    this.closed = true;
     // A function that is still at work may ask what its request was.
     this.descriptors = this.descriptors.slice();
-    this.closed = true;
     this.shim.native.ubd_queue_exit(this.handle);
+    this.memory.pool.close((tag) => this.isServing(tag) || (this.states[tag]! & IN_FLIGHT) !== 0);
   }
 
   /** The request's operation: UBLK_IO_OP_*. */
@@ -192,15 +191,30 @@ export class Queue implements Disposable {
     this.memory.buffers[tag]!.fill(0, start, end);
   }
 
+  /** All of the tag's memory, until `renewData`. Empty if somebody has transferred it. */
+  buffer(tag: number): Uint8Array<ArrayBuffer> {
+    return this.memory.buffers[tag]!;
+  }
+
   /**
    * Gives a tag other memory, so that whoever was too late for its last request cannot write into
-   * the data of the next.
+   * the data of the next. What it had before comes back by `giveBack`.
    *
+   * @returns false: there is none left. The tag's requests have no data then, and what it has for
+   * `data` it shares with others.
    * @throws {UblkError} ENOMEM.
    */
-  renewData(tag: number): void {
-    if (this.shim.renewBuffer(this.memory, tag)) return;
-    throw new UblkError({ errno: "ENOMEM", operation: "renew a buffer" });
+  renewData(tag: number): boolean {
+    const renewed = this.memory.pool.renew(tag);
+    if (renewed === undefined) {
+      throw new UblkError({ errno: "ENOMEM", operation: "renew a buffer" });
+    }
+    return renewed;
+  }
+
+  /** Whoever had a `buffer` that was renewed does not use it any more: also after the end. */
+  giveBack(buffer: Uint8Array<ArrayBuffer>): void {
+    this.memory.pool.giveBack(buffer);
   }
 
   /**

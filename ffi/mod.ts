@@ -8,6 +8,7 @@
  * @module
  */
 
+import { BufferPool } from "./buffers.ts";
 import { loadShim, unpack } from "./load.ts";
 import { pathBytes } from "./path.ts";
 import type { Adapter, Native, Watch } from "./symbols.ts";
@@ -112,8 +113,9 @@ export interface QueueMemory {
   /** depth + 1 records each. */
   readonly commands: ArrayBuffer;
   readonly events: ArrayBuffer;
-  /** For each tag ioBytesMax bytes of data. Empty with zero copy. */
+  /** For each tag ioBytesMax bytes of data, those of `pool`. Empty with zero copy. */
   readonly buffers: Uint8Array<ArrayBuffer>[];
+  readonly pool: BufferPool;
   /** What the driver says of each tag's request: struct ublksrv_io_desc. */
   readonly descriptors: ArrayBuffer;
   /** Of the configuration: here so that it is not collected. */
@@ -148,7 +150,7 @@ export class Shim {
     this.native = loaded.native;
   }
 
-  /** @returns the queue's memory, or -errno. It is valid until queueExit. */
+  /** @returns the queue's memory, or -errno. Valid until ubd_queue_exit, but for its buffers. */
   queueInit(config: QueueConfig): QueueMemory | number {
     const bytes = new ArrayBuffer(64);
     const words = new Int32Array(bytes);
@@ -169,18 +171,25 @@ export class Shim {
     const handle = this.native.ubd_queue_init(words, config.stats ?? null);
     if (handle < 0) return handle;
 
-    const address = (region: number) => this.native.ubd_queue_address(handle, region);
+    const { native } = this;
+    const { depth, ioBytesMax } = config;
+    const address = (region: number) => native.ubd_queue_address(handle, region);
     const region = (index: number, sizeBytes: number) => adapter.view(address(index), sizeBytes);
-    const buffers = address(3) === 0 ? 0 : config.depth;
+    const tags = Array.from({ length: address(3) === 0 ? 0 : depth }, (_, tag) => address(3 + tag));
+    const pool = new BufferPool({
+      bytes: ioBytesMax,
+      map: () => native.ubd_buffer_map(ioBytesMax),
+      view: (at) => adapter.view(at, ioBytesMax),
+      use: (tag, at) => native.ubd_buffer_use(handle, tag, at),
+      drop: (at, unmap) => native.ubd_buffer_drop(at, ioBytesMax, unmap ? 1 : 0),
+    }, tags);
     return {
       handle,
-      commands: region(0, (config.depth + 1) * 4 * COMMAND_WORDS),
-      events: region(1, (config.depth + 1) * 4 * EVENT_WORDS),
+      commands: region(0, (depth + 1) * 4 * COMMAND_WORDS),
+      events: region(1, (depth + 1) * 4 * EVENT_WORDS),
       descriptors: region(2, config.descriptorBytes),
-      buffers: Array.from(
-        { length: buffers },
-        (_, tag) => new Uint8Array(region(3 + tag, config.ioBytesMax)),
-      ),
+      buffers: pool.tags,
+      pool,
       stats: config.stats,
     };
   }
@@ -201,14 +210,6 @@ export class Shim {
     fields.set([payload, payloadBytes, pathBytes, Number(apart)], 4);
     words[4] = request.data;
     return this.native.ubd_control_submit(handle, words);
-  }
-
-  /** Puts another buffer in the tag's place. @returns whether there was memory for it. */
-  renewBuffer({ handle, buffers }: QueueMemory, tag: number): boolean {
-    const address = this.native.ubd_renew_buffer(handle, tag);
-    if (address < 0) return false;
-    buffers[tag] = new Uint8Array(adapter.view(address, buffers[tag]!.length));
-    return true;
   }
 
   /** @returns an eventfd whose every write calls `signalled` on the event loop, or -errno. */

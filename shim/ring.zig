@@ -122,10 +122,8 @@ pub const Queue = struct {
     /// 0 where the data is in the ring's registered buffers, whose addresses count from 0.
     buffers: usize,
     buffers_bytes: usize,
-    /// Where each tag's data is: in `buffers`, until renewBuffer. 0 without `buffers`.
+    /// Where each tag's data is: in `buffers`, until useBuffer. 0 without `buffers`.
     addresses: [*]usize,
-    /// Somebody may still write to a buffer that its tag has left: none is unmapped.
-    renewed: bool,
     /// Counts of requests, bytes and errors for each operation, the caller's: see core/stats.ts.
     stats: [*]f64,
     /// io_bytes_max of zeroes, never written and so never more than the kernel's one zero page.
@@ -185,9 +183,7 @@ fn queueAcquire(queue: *Queue) i32 {
 
     const copied = hasBuffers(queue);
     if (copied or config.char_fd < 0) {
-        // An odd number of pages from each other. At a power of two the first pages of all buffers,
-        // which small requests use, would share a few places of each cache and TLB.
-        const stride = @as(usize, config.io_bytes_max / page | 1) * page;
+        const stride = bufferStride(config.io_bytes_max);
         queue.buffers_bytes = config.depth * stride;
         queue.buffers = sys.mapMemory(queue.buffers_bytes) catch return -sys.ENOMEM;
         for (queue.addresses[0..config.depth], 0..) |*address, tag| {
@@ -204,6 +200,12 @@ fn queueAcquire(queue: *Queue) i32 {
     queue.io_sqe = ioSqe(queue);
     if (result >= 0 and inBatches(queue)) result = batch.init(queue);
     return result;
+}
+
+/// What a buffer takes: an odd number of pages. At a power of two the first pages of all buffers,
+/// which small requests use, would share a few places of each cache and TLB.
+pub fn bufferStride(bytes: u32) usize {
+    return @as(usize, sys.roundUp(bytes, page) / page | 1) * page;
 }
 
 /// Requests' data is in the tags' buffers while they are served.
@@ -259,14 +261,16 @@ fn queueRelease(queue: *Queue) void {
     // unregistering: before 6.13 that waits for the FETCHes that are still in flight.
     if (queue.registered) _ = io_uring_register_files_update(&queue.ring, 0, &no_file, 1);
     if (queue.ring.ring_fd > 0) io_uring_queue_exit(&queue.ring);
-    if (queue.buffers != 0 and !queue.renewed) sys.unmap(queue.buffers, queue.buffers_bytes);
+    if (queue.buffers != 0) sys.unmap(queue.buffers, queue.buffers_bytes);
     if (queue.batch.mapping != 0) sys.unmap(queue.batch.mapping, queue.batch.mapping_bytes);
     if (queue.zeroes != 0) sys.unmap(queue.zeroes, queue.config.io_bytes_max);
     if (@intFromPtr(queue.descs) != 0) sys.unmap(@intFromPtr(queue.descs), queue.descs_bytes);
     sys.unmap(queue.mapping, queue.mapping_bytes);
 }
 
+/// Somebody may still see the buffers: they stay mapped.
 pub fn queueExit(queue: *Queue) void {
+    queue.buffers = 0;
     queueRelease(queue);
 }
 
@@ -275,14 +279,12 @@ pub fn queueNotify(queue: *Queue, fd: i32) i32 {
     return io_uring_register_eventfd(&queue.ring, fd);
 }
 
-/// Gives a tag other memory, and returns its address: whoever serves the tag's last request has
-/// been given up, and must not write into the next one's data. The old memory stays mapped.
-pub fn renewBuffer(queue: *Queue, tag: u32) ?usize {
-    if (tag >= queue.config.depth) return null;
-    const buffer = sys.mapMemory(queue.config.io_bytes_max) catch return null;
-    queue.addresses[tag] = buffer;
-    queue.renewed = true;
-    return buffer;
+/// Gives a tag other memory, for its next request: whoever serves the last one has been given up, and
+/// must not write into the next one's data.
+pub fn useBuffer(queue: *Queue, tag: u32, address: usize) i32 {
+    if (tag >= queue.config.depth or address == 0 or address % page != 0) return -sys.EINVAL;
+    queue.addresses[tag] = address;
+    return 0;
 }
 
 /// The first half of the next SQE, as it was last: the caller fills it, and has looked whether there

@@ -59,7 +59,7 @@ export fn ubd_queue_init(config: ?*const layout.QueueConfig, stats: ?[*]f64) i32
 
 /// Address of a region of the queue: 0 commands, 1 events, 2 io descriptors, 3 + t the io buffer of
 /// tag t. 0 for a buffer that the driver keeps, -1 for an unknown handle or region. It is valid until
-/// ubd_queue_exit.
+/// ubd_queue_exit, an io buffer until ubd_buffer_drop.
 export fn ubd_queue_address(handle: u32, region: u32) f64 {
     const queue = lookUp(ring.Queue, &queues, handle) orelse return -1;
     const address: usize = switch (region) {
@@ -85,12 +85,28 @@ export fn ubd_queue_notify(handle: u32, fd: i32) i32 {
     return ring.queueNotify(queue, fd);
 }
 
-/// Gives a tag a new buffer and returns its address, or -1. The old one stays mapped for ever.
-export fn ubd_renew_buffer(handle: u32, tag: u32) f64 {
-    const queue = lookUp(ring.Queue, &queues, handle) orelse return -1;
-    return @floatFromInt(ring.renewBuffer(queue, tag) orelse return -1);
+/// A new io buffer for requests of that many bytes. Returns its address, or -1.
+export fn ubd_buffer_map(bytes: u32) f64 {
+    return @floatFromInt(sys.mapMemory(ring.bufferStride(bytes)) catch return -1);
 }
 
+/// Has a tag's data at this address, one that ubd_buffer_map or ubd_queue_address has returned, from
+/// its next command on.
+export fn ubd_buffer_use(handle: u32, tag: u32, address: f64) i32 {
+    const queue = lookUp(ring.Queue, &queues, handle) orelse return -sys.EBADF;
+    return ring.useBuffer(queue, tag, sys.fileOffset(address) orelse return -sys.EINVAL);
+}
+
+/// Gives the pages of an io buffer back, which then reads as zeroes, or unmaps it.
+export fn ubd_buffer_drop(address: f64, bytes: u32, unmap: u32) i32 {
+    const at = sys.fileOffset(address) orelse return -sys.EINVAL;
+    if (at == 0 or at % ring.page != 0) return -sys.EINVAL;
+    const mapped = ring.bufferStride(bytes);
+    if (unmap != 0) sys.unmap(at, mapped) else sys.dropPages(at, mapped);
+    return 0;
+}
+
+/// Ends a queue. Its io buffers stay: each ends by ubd_buffer_drop.
 export fn ubd_queue_exit(handle: u32) i32 {
     ring.queueExit(release(ring.Queue, &queues, handle) orelse return -sys.EBADF);
     return 0;

@@ -76,6 +76,12 @@ pub fn unmap(address: usize, bytes: usize) void {
     _ = linux.syscall2(.munmap, address, bytes);
 }
 
+/// Private memory there reads as zeroes then.
+pub fn dropPages(address: usize, bytes: usize) void {
+    const madv_dontneed = 4;
+    _ = linux.syscall3(.madvise, address, bytes, madv_dontneed);
+}
+
 pub fn roundUp(value: usize, unit: usize) usize {
     return (value + unit - 1) / unit * unit;
 }

@@ -86,7 +86,8 @@ export interface TestDevice extends AsyncDisposable {
   stats(): DeviceStats;
   /**
    * Stops the device as `ubd del` does: aborts the signal of requests, waits for what is in flight,
-   * then closes the target. Later requests fail with ENODEV. Idempotent.
+   * then closes the target. Later requests fail with ENODEV. Idempotent. Rejects when the target
+   * has written to a buffer after its request was answered.
    */
   stop(): Promise<void>;
 }
@@ -95,8 +96,10 @@ export interface TestDevice extends AsyncDisposable {
  * Opens a target without a kernel driver: its functions are called by the same code as with one,
  * and asked by the methods of the device this returns. Needs io_uring, and no privileges.
  *
- * To find bugs that a device would show only now and then, a READ's buffer belongs to the request
- * only until it is answered: then it is overwritten.
+ * To find bugs that a device would show only now and then, a buffer belongs to its request only
+ * until that is answered: then it is overwritten. Whoever writes to it later is found out when the
+ * device stops, at the latest: `stop`, and so `await using`, rejects with an Error that names the
+ * request.
  *
  * @throws {UsageError} what `createDevice` would refuse: a size, an option, a missing function.
  * @throws {UblkError} there is no io_uring.
@@ -170,6 +173,8 @@ export async function openForTesting(
       for (const thread of threads) thread.stopping();
       driver.stop();
       await ended().finally(release);
+      for (const text of driver.lateWrites) tell(text);
+      if (driver.lateWrites.length > 0) throw new Error(driver.lateWrites[0]);
     })();
 
   const { sizeBytes: size, blockBytes: blockSize } = limits;

@@ -9,6 +9,9 @@
  *
  * As the block layer, it asks again for the rest of a short READ or WRITE. As the driver, it takes
  * the tags back with -ENODEV when the device stops and every request is answered.
+ *
+ * As nobody else, it fills the buffer of a request that is answered with a byte, and looks before
+ * the tag's next request, and at the end, whether that is still there.
  * @module
  */
 
@@ -79,6 +82,8 @@ interface PlayedQueue {
   readonly idle: number[];
   readonly serving: (Submitted | undefined)[];
   readonly submitted: Submitted[];
+  /** By tag: its last request, and what is to stay as it is since its answer. */
+  readonly answered: ({ request: Submitted; buffer: Uint8Array } | undefined)[];
   /** Tags the driver has taken back. */
   readonly retired: Set<number>;
   /** The eventfd by which the ring wakes the queue's event loop. */
@@ -87,6 +92,8 @@ interface PlayedQueue {
 
 export class PlayedDriver extends Shim {
   readonly #queues = new Map<number, PlayedQueue>();
+  /** What was written to buffers of requests that were answered, a line for each. */
+  readonly lateWrites: string[] = [];
   #next = 0;
   #stopping = false;
 
@@ -133,6 +140,7 @@ export class PlayedDriver extends Shim {
       memory,
       idle: [],
       serving: new Array(config.depth),
+      answered: new Array(config.depth),
       submitted: [],
       retired: new Set(),
       notifyFd: -1,
@@ -203,6 +211,7 @@ export class PlayedDriver extends Shim {
     }
     if (this.#stopping && queue.idle.length === queue.config.depth) {
       for (const tag of queue.idle.splice(0)) {
+        this.#lookForLateWrite(queue, tag);
         queue.retired.add(tag);
         fetch(tag);
       }
@@ -212,9 +221,12 @@ export class PlayedDriver extends Shim {
 
   #describe(queue: PlayedQueue, tag: number, request: Submitted): void {
     const { op, flags, offset, length, data, done } = request;
+    this.#lookForLateWrite(queue, tag);
     queue.serving[tag] = request;
-    if (op === UBLK_IO_OP_READ) queue.memory.buffers[tag]!.fill(POISON, 0, length - done);
-    if (op === UBLK_IO_OP_WRITE) queue.memory.buffers[tag]!.set(data.subarray(done));
+    const buffer = queue.memory.buffers[tag]!;
+    // The driver does not mind whose memory that is by now.
+    if (op === UBLK_IO_OP_READ && !isDetached(buffer)) buffer.fill(POISON, 0, length - done);
+    if (op === UBLK_IO_OP_WRITE && !isDetached(buffer)) buffer.set(data.subarray(done));
     const descriptor = pack(UBLKSRV_IO_DESC, {
       op_flags: (op | flags) >>> 0,
       nr_sectors: (length - done) / SECTOR_BYTES,
@@ -233,7 +245,10 @@ export class PlayedDriver extends Shim {
       data.set(queue.memory.buffers[tag]!.subarray(0, result), request.done);
     }
     // Whoever still looks at a request that is answered shall see that it is.
-    if (moves) queue.memory.buffers[tag]!.fill(POISON, 0, length - request.done);
+    if (moves) {
+      const buffer = queue.memory.buffers[tag]!.subarray(0, length - request.done).fill(POISON);
+      queue.answered[tag] = { request: { ...request }, buffer };
+    }
     if (result < 0) {
       settle.reject(new RequestError(errnoName(-result), OP_NAMES.get(op)!, offset, length));
       return;
@@ -241,6 +256,19 @@ export class PlayedDriver extends Shim {
     request.done += result;
     if (moves && request.done < length) queue.submitted.unshift(request);
     else settle.resolve();
+  }
+
+  #lookForLateWrite(queue: PlayedQueue, tag: number): void {
+    const last = queue.answered[tag];
+    queue.answered[tag] = undefined;
+    if (!last || isDetached(last.buffer)) return;
+    const at = last.buffer.findIndex((byte) => byte !== POISON);
+    if (at < 0) return;
+    const { op, offset, length, done } = last.request;
+    this.lateWrites.push(
+      `byte ${at} of a buffer was written after its request had been answered: ` +
+        `${OP_NAMES.get(op)} of ${length - done} bytes at ${offset + done}`,
+    );
   }
 
   #giveEvents(queue: PlayedQueue, count: number): void {
@@ -251,4 +279,8 @@ export class PlayedDriver extends Shim {
       words.set([EVENT_REFUSED << TAG_BITS | tag, -ERRNO.ENODEV], at);
     }
   }
+}
+
+function isDetached({ length }: Uint8Array): boolean {
+  return length === 0;
 }

@@ -17,6 +17,7 @@ import {
   MARK,
   openDefinition,
   type ReadRequest,
+  type Request,
   type WriteRequest,
 } from "../../core/define_target.ts";
 import { UsageError } from "../../core/error.ts";
@@ -218,6 +219,226 @@ test("a promise that settles after the queue is gone touches nothing", async () 
   gate.resolve();
   await sleep(1);
   assert.deepEqual(device.stats().read, { requests: 1, bytes: 0, errors: 1 });
+});
+
+test("what is written to a buffer after its answer is found out, by name", async () => {
+  for (const kind of ["READ", "WRITE"] as const) {
+    for (const laterRequests of [0, 3]) {
+      const gate = Promise.withResolvers<void>();
+      const late = async ({ offset, buffer }: ReadRequest) => {
+        if (offset !== 8192) return;
+        await gate.promise;
+        buffer[17] = 1;
+      };
+      const read = (request: ReadRequest) => void late(request);
+      const device = await openForTesting({ size: SIZE, read, write: read }, { depth: 1 });
+      if (kind === "READ") await device.read(8192, 4096);
+      else await device.write(8192, new Uint8Array(4096));
+      gate.resolve();
+      await sleep(1);
+      for (let n = 0; n < laterRequests; n++) await device.read(0, 512);
+      const text = "byte 17 of a buffer was written after its request had been answered: " +
+        `${kind} of 4096 bytes at 8192`;
+      await assert.rejects(device.stop(), new Error(text));
+      await assert.rejects(device.stop(), new Error(text), "idempotent");
+      assert.deepEqual(device.log, [text]);
+    }
+  }
+});
+
+test("of a request in parts, the part is named whose buffer was written late", async () => {
+  let last: Uint8Array | undefined;
+  const read = ({ offset, buffer }: ReadRequest) => {
+    if (offset > 0) last ??= buffer;
+    return 512;
+  };
+  const device = await openForTesting({ size: SIZE, read }, { depth: 1 });
+  await device.read(0, 1024);
+  last!.fill(0xee);
+  await assert.rejects(device.stop(), /: READ of 512 bytes at 512$/);
+});
+
+/** Has 3 buffers for its one tag: each larger one is more than is taken for spare ones. */
+const FEW_BUFFERS = { depth: 1, ioBytesMax: 32 * 1024 ** 2 };
+
+test("functions that never end hold a few buffers; then requests fail, until one ends", async () => {
+  const gates: (() => void)[] = [];
+  const written: number[][] = [];
+  const stuck = () => new Promise<void>((resolve) => gates.push(resolve));
+  let isStuck = true;
+  const target = defineTarget({
+    size: SIZE,
+    timeoutMs: 20,
+    read: ({ buffer }) => isStuck ? stuck() : void buffer.fill(1),
+    write: ({ offset, buffer }) => isStuck ? stuck() : void written.push([offset, buffer[511]!]),
+    flush: () => isStuck ? stuck() : undefined,
+  });
+  await using device = await openForTesting(target, FEW_BUFFERS);
+  const block = new Uint8Array(512).fill(7);
+  const late = { code: "ETIMEDOUT" };
+  for (let round = 0; round < 20; round++) {
+    await assert.rejects(device.read(0, 512), late);
+    await assert.rejects(device.write(0, block), late);
+    await assert.rejects(device.flush(), late);
+  }
+  assert.equal(gates.length, 3, "others were not asked");
+  assert.match(device.log.join("\n"), /hold all there are: requests fail at once \(ETIMEDOUT\)/);
+  isStuck = false;
+  await assert.rejects(device.write(0, block), late);
+  gates.shift()!();
+  await sleep(1);
+  await assert.rejects(device.write(0, block), late, "its data has come when there was no place");
+  await device.write(512, block);
+  assert.deepEqual(await device.read(0, 512), new Uint8Array(512).fill(1));
+  for (const open of gates.splice(0)) open();
+  await sleep(1);
+  isStuck = true;
+  for (let round = 0; round < 5; round++) await assert.rejects(device.read(0, 512), late);
+  assert.equal(gates.length, 3, "all have come back");
+  isStuck = false;
+  gates.shift()!();
+  await sleep(1);
+  assert.deepEqual(
+    await device.read(0, 512),
+    new Uint8Array(512).fill(1),
+    "a READ is served at once",
+  );
+  assert.deepEqual(written, [[512, 7]]);
+  for (const open of gates) open();
+});
+
+/** What a function may do with its buffer, and the error of the request. */
+const TRANSFERS: Record<string, (buffer: Uint8Array<ArrayBuffer>) => unknown> = {
+  "clones it away": (buffer) => void structuredClone(buffer, { transfer: [buffer.buffer] }),
+  "sends it away": ({ buffer }) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.postMessage(buffer, [buffer]);
+    for (const port of [port1, port2]) port.close();
+  },
+  "transfers it": ({ buffer }) => void buffer.transfer(),
+  "transfers it, and then waits": async ({ buffer }) => {
+    buffer.transfer();
+    await sleep(1);
+  },
+  "transfers it after a while": async ({ buffer }) => {
+    await sleep(1);
+    buffer.transfer();
+  },
+  "transfers it, and throws": ({ buffer }) => {
+    buffer.transfer();
+    throw coded("ENOSPC");
+  },
+  "transfers it, and is given up": ({ buffer }) => {
+    buffer.transfer();
+    return new Promise(() => {});
+  },
+  "is given up, and transfers it": async ({ buffer }) => {
+    await sleep(40);
+    buffer.transfer();
+  },
+};
+
+for (const [name, bad] of Object.entries(TRANSFERS)) {
+  test(`a handler that ${name}: an errno, and the next request is served`, async () => {
+    const kept = new Map<number, number>();
+    const target = defineTarget({
+      size: SIZE,
+      timeoutMs: 30,
+      read: ({ offset, buffer }) => {
+        if (offset === 0) return bad(buffer) as void;
+        buffer.fill(kept.get(offset) ?? 1);
+      },
+      write: ({ offset, buffer }) => {
+        if (offset === 0) return bad(buffer) as void;
+        kept.set(offset, buffer[511]!);
+      },
+    });
+    await using device = await openForTesting(target, { depth: 1 });
+    const code = name.includes("given up") ? "ETIMEDOUT" : "EIO";
+    for (let round = 0; round < 3; round++) {
+      await assert.rejects(device.read(0, 4096), { code });
+      assert.deepEqual(await device.read(4096, 512), new Uint8Array(512).fill(1));
+      await assert.rejects(device.write(0, new Uint8Array(4096)), { code });
+      await device.write(8192, new Uint8Array(512).fill(round + 2));
+      assert.equal((await device.read(8192, 512))[0], round + 2);
+      await sleep(20); // It may still be at work.
+    }
+    if (code === "EIO") assert.match(device.log[0]!, /^READ fails: its buffer was transferred/);
+  });
+}
+
+test("a buffer that is transferred after its answer costs one later request", async () => {
+  let last: Uint8Array<ArrayBuffer> | undefined;
+  const target = defineTarget({
+    size: SIZE,
+    read: ({ buffer }) => void (last = buffer.fill(1)),
+    write: ({ buffer }) => void (last = buffer),
+    flush() {},
+  });
+  await using device = await openForTesting(target, { depth: 1 });
+  const block = new Uint8Array(512).fill(7);
+  const requests = [() => device.read(0, 512), () => device.write(0, block), () => device.flush()];
+  for (const request of requests) {
+    await device.read(0, 512);
+    last!.buffer.transfer();
+    await assert.rejects(request() as Promise<unknown>, { code: "EIO" });
+    await request();
+  }
+});
+
+test("a handler that transfers each buffer has its requests fail, and nothing worse", async () => {
+  const read = ({ buffer }: ReadRequest) => void buffer.buffer.transfer();
+  await using device = await openForTesting({ size: SIZE, read }, FEW_BUFFERS);
+  for (let round = 0; round < 10; round++) {
+    await assert.rejects(device.read(0, 512), { code: round < 3 ? "EIO" : "ETIMEDOUT" });
+  }
+});
+
+test("a request's properties are its own: a copy of it has them", async () => {
+  const seen: unknown[] = [];
+  const see = (request: Request) => void seen.push({ ...request, signal: undefined });
+  const target = defineTarget({
+    size: SIZE,
+    handlesFua: true,
+    read: (request) => void see(request),
+    write: see,
+    flush: see,
+    writeZeroes: see,
+  });
+  await using device = await openForTesting(target, { depth: 1 });
+  const zeroes = new Uint8Array(512);
+  const rest = { signal: undefined, mayUnmap: true, fua: false };
+  await device.read(2 ** 19, 512);
+  await device.write(512, zeroes, { fua: true });
+  await device.flush();
+  await device.writeZeroes(1024, 4096, { mayUnmap: false });
+  const buffers = seen.map((one) => (one as { buffer: Uint8Array }).buffer);
+  assert.deepEqual(buffers.map(({ length }) => length), [512, 512, 0, 0]);
+  assert.deepEqual(seen.map((one) => ({ ...one as object, buffer: undefined })), [
+    { ...rest, offset: 2 ** 19, length: 512, buffer: undefined },
+    { ...rest, offset: 512, length: 512, buffer: undefined, fua: true },
+    { ...rest, offset: 0, length: 0, buffer: undefined },
+    { ...rest, offset: 1024, length: 4096, buffer: undefined, mayUnmap: false },
+  ]);
+});
+
+test("a handler that spoils the request object spoils no other request", async () => {
+  const spoil: ((request: ReadRequest) => void)[] = [
+    (request) => void Object.freeze(request),
+    (request) => void Object.assign(request, { offset: 0, length: 0, buffer: undefined }),
+    (request) => void Object.defineProperty(request, "offset", { value: 1, writable: false }),
+    (request) => void Object.setPrototypeOf(request, null),
+  ];
+  for (const bad of spoil) {
+    const read = (request: ReadRequest) => {
+      request.buffer.fill(request.offset / 512);
+      bad(request);
+    };
+    await using device = await openForTesting({ size: SIZE, read }, { depth: 1 });
+    for (const n of [1, 2, 3]) {
+      assert.deepEqual(await device.read(n * 512, 512), new Uint8Array(512).fill(n));
+    }
+  }
 });
 
 /** Counts how many of its functions' promises are outstanding. */

@@ -224,7 +224,7 @@ test("what settles after the queue has ended touches nothing of it", async () =>
   assert.equal(requests.length, 2);
   for (const [tag, { buffer, offset, length }] of requests.entries()) {
     buffer.fill(1); // Unmapped, this would be the end; as would the next.
-    assert.deepEqual([offset, length], [tag * 512, 512]);
+    assert.deepEqual([offset, length, buffer[511]], [tag * 512, 512, 1]);
   }
   settle[0]!();
   await sleep(100); // The other one is late, and was given up with its queue.
@@ -232,6 +232,22 @@ test("what settles after the queue has ended touches nothing of it", async () =>
   await sleep(1);
   assert.equal(requests.length, 2, "no request is begun");
   assert.deepEqual(set.log, []);
+});
+
+test("a buffer that is kept is empty when its queue has ended, and harms nobody", async () => {
+  const kept: Uint8Array<ArrayBuffer>[] = [];
+  const read = ({ buffer }: ReadRequest) => {
+    if (kept.push(buffer, new Uint8Array(buffer.buffer)) === 16) set.leave();
+  };
+  const set = setUp({ size: 4096, read }, 4);
+  set.queue.run(set.handler, () => true, fail);
+  assert.ok(kept.every(({ length }) => length > 0));
+  set[Symbol.dispose]();
+  for (const view of kept) {
+    view[0] = 1;
+    assert.deepEqual([view.length, view[0], view.buffer.byteLength], [0, undefined, 0]);
+    assert.throws(() => structuredClone(view, { transfer: [view.buffer] }));
+  }
 });
 
 const REQUESTS = 1_000_000;

@@ -175,6 +175,46 @@ test("io buffers lie an odd number of pages apart", () => {
   }
 });
 
+/** Whether something is mapped at an address. */
+function isMapped(address: number): boolean {
+  return readFileSync("/proc/self/maps", "utf8").split("\n").some((line) => {
+    const [start, end] = line.split(" ")[0]!.split("-").map((word) => Number.parseInt(word, 16));
+    return start! <= address && address < end!;
+  });
+}
+
+test("an io buffer outlives its queue, until it is dropped, and may be another's place", () => {
+  const file = shim.open("/dev/zero", 2);
+  const memory = shim.queueInit({ ...CONFIG, ioBytesMax: 8192 });
+  assert.ok(typeof memory !== "number");
+  const { handle, buffers, pool } = memory;
+  const first = native.ubd_queue_address(handle, 3);
+  assert.strictEqual(pool.renew(0), true);
+  const second = native.ubd_queue_address(handle, 3);
+  assert.notStrictEqual(second, first);
+  for (const wrong of [0, first + 1, -1, Infinity]) {
+    assert.strictEqual(native.ubd_buffer_use(handle, 0, wrong), -EINVAL, `${wrong}`);
+    assert.strictEqual(native.ubd_buffer_drop(wrong, 8192, 1), -EINVAL, `${wrong}`);
+  }
+  assert.strictEqual(native.ubd_buffer_use(handle, CONFIG.depth, first), -EINVAL);
+  buffers[0]!.fill(7);
+  new Int32Array(memory.commands).set([COMMAND_READ << TAG_BITS, file, 0, 0]);
+  new Float64Array(memory.commands).set([4096, 0], 2);
+  assert.strictEqual(native.ubd_step(handle, 1, 1), 1);
+  assert.deepStrictEqual([buffers[0]![4095], buffers[0]![4096]], [0, 7], "it was read there");
+  native.ubd_queue_exit(handle);
+  assert.ok(isMapped(first) && isMapped(second));
+  assert.strictEqual(native.ubd_buffer_drop(second, 8192, 0), 0);
+  assert.strictEqual(buffers[0]![4096], 0, "its pages are gone, not its place");
+  pool.close(() => false);
+  // Three pages each: an odd number.
+  for (const address of [first, second]) {
+    assert.strictEqual(native.ubd_buffer_drop(address, 8192, 1), 0);
+    assert.ok(!isMapped(address) && !isMapped(address + 8192), "all of it is unmapped");
+  }
+  native.ubd_close(file);
+});
+
 test("handles that are stale, never given or too large are refused by every call", () => {
   const queue = shim.queueInit(CONFIG);
   const control = shim.controlInit();
@@ -187,6 +227,7 @@ test("handles that are stale, never given or too large are refused by every call
     assert.strictEqual(native.ubd_queue_exit(stale), -EBADF);
     assert.strictEqual(native.ubd_queue_address(stale, 0), -1);
     assert.strictEqual(native.ubd_step(stale, 0, 0), -EBADF);
+    assert.strictEqual(native.ubd_buffer_use(stale, 0, 4096), -EBADF);
     assert.strictEqual(native.ubd_control_exit(stale), -EBADF);
     assert.strictEqual(native.ubd_control_address(stale), -1);
     assert.strictEqual(native.ubd_control_submit(stale, request), -EBADF);
