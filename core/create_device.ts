@@ -5,7 +5,10 @@ import process from "node:process";
 import { Control } from "./control.ts";
 import {
   type BlockDevice,
+  type GivenOptions,
+  type NoOptions,
   openDefinition,
+  type OptionSpecs,
   parseOptions,
   type Target,
   toDefinition,
@@ -17,7 +20,7 @@ import type { DeviceStats } from "./stats.ts";
 import { printable } from "./text.ts";
 
 /** What `createDevice` may be told. */
-export interface CreateDeviceOptions {
+export interface CreateDeviceOptions<Specs extends OptionSpecs = OptionSpecs> {
   /** Device id; the driver answers EEXIST when it is taken. Default: the next free one. */
   id?: number;
   /** Hardware queues, 1 (default) to 4096. All are served by the calling thread. */
@@ -27,7 +30,7 @@ export interface CreateDeviceOptions {
   /** Largest READ or WRITE in bytes, a multiple of 4096. Default: 512 KiB. */
   ioBytesMax?: number;
   /** Values of the target's own options, by name. */
-  options?: Record<string, string | number | boolean>;
+  options?: GivenOptions<Specs>;
   /** SIGINT and SIGTERM stop the device, so that none is left behind. Default: true. */
   stopOnSignals?: boolean;
   /** Told what a person should know, such as a handler that threw. Default: console.error. */
@@ -69,9 +72,9 @@ export interface ServedDevice extends AsyncDisposable {
  * console.log(device.path);
  * ```
  */
-export async function createDevice(
-  target: Target | BlockDevice,
-  options: CreateDeviceOptions = {},
+export async function createDevice<Specs extends OptionSpecs = NoOptions>(
+  target: Target<Specs> | BlockDevice,
+  options: CreateDeviceOptions<NoInfer<Specs>> = {},
 ): Promise<ServedDevice> {
   const { stopOnSignals = true } = options;
   const log = harmless(options.log ?? logToConsole);

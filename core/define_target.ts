@@ -90,21 +90,27 @@ export interface BlockDevice {
   memory?: MemoryLimits;
 }
 
-/** One declared option. Values come as text from `--opt NAME=VALUE`, or as what they are. */
-export interface OptionSpec {
+/** What every declared option may say. */
+export interface OptionSpecOf<Type extends string, Value> {
   /**
    * "size" takes 64M or 2048s and is a number of bytes; "path" is made absolute. "file" is the path
    * of a file or block device that the target keeps its data in: a server that takes the device over
    * refuses another one that has this name by then.
    */
-  type: "string" | "number" | "boolean" | "size" | "path" | "file";
+  type: Type;
   /** One line for --help. */
   description?: string;
   /** What it is when it is not given: a value, or text as of `--opt`. */
-  default?: string | number | boolean;
+  default?: Value | string;
   /** It must be given. */
   required?: boolean;
 }
+
+/** One declared option. Values come as text from `--opt NAME=VALUE`, or as what they are. */
+export type OptionSpec =
+  | OptionSpecOf<"string" | "path" | "file", string>
+  | OptionSpecOf<"number" | "size", number>
+  | OptionSpecOf<"boolean", boolean>;
 
 /** The options of a target, by name. */
 export type OptionSpecs = Record<string, OptionSpec>;
@@ -121,6 +127,15 @@ export type OptionValues<Specs extends OptionSpecs> = {
   } ? OptionValue<Specs[Name]>
     : OptionValue<Specs[Name]> | undefined;
 };
+
+/** What may be given for the options of a target: values, or text as of `--opt`. */
+export type GivenOptions<Specs extends OptionSpecs> = string extends keyof Specs
+  ? Record<string, string | number | boolean>
+  : [keyof Specs] extends [never] ? Record<string, never>
+  : { [Name in keyof Specs]?: OptionValue<Specs[Name]> | string };
+
+/** Of a target without options. */
+export type NoOptions = Record<never, OptionSpec>;
 
 /** A target with options, made anew for each device. */
 export interface TargetDefinition<
@@ -151,9 +166,9 @@ export interface TargetDefinition<
 export const MARK: unique symbol = Symbol.for("ubd.target");
 
 /** What `defineTarget` returns: for `createDevice`, or a module's default export. */
-export interface Target {
+export interface Target<Specs extends OptionSpecs = OptionSpecs> {
   /** What it was made of. */
-  readonly [MARK]: TargetDefinition;
+  readonly [MARK]: TargetDefinition<Specs>;
 }
 
 /**
@@ -184,31 +199,55 @@ export interface Target {
  * });
  * ```
  */
-export function defineTarget(target: BlockDevice): Target;
+export function defineTarget(target: BlockDevice): Target<NoOptions>;
 /**
  * Defines a block device with options, or one that `open` makes when it is needed.
  *
  * @param target its options, and an `open` that gets their values.
  */
-export function defineTarget<const Specs extends OptionSpecs, Shared>(
+export function defineTarget<const Specs extends OptionSpecs = NoOptions, Shared = unknown>(
   target: TargetDefinition<Specs, Shared>,
-): Target;
+): Target<Specs>;
 export function defineTarget(target: BlockDevice | TargetDefinition): Target {
   return { [MARK]: "open" in target ? target : { open: () => target } };
 }
 
 /**
  * @param value what a module exports as its default: a `Target`, or what `defineTarget` takes.
- * @throws {UsageError} it is neither.
+ * @throws {UsageError} it is neither, or declares an option that cannot be.
  */
 export function toDefinition(value: unknown, where: string): TargetDefinition {
   const object = value as Partial<Target & BlockDevice & TargetDefinition> | null | undefined;
-  if (object?.[MARK]) return object[MARK];
-  if (typeof object?.open === "function") return object as TargetDefinition;
+  if (object?.[MARK]) return checkSpecs(object[MARK]);
+  if (typeof object?.open === "function") return checkSpecs(object as TargetDefinition);
   if (typeof object?.read === "function") return { open: () => object as BlockDevice };
   throw new UsageError(
     `${where} is no target: its default export must be defineTarget({ size, read ... })`,
   );
+}
+
+const OPTION_TYPES = ["string", "number", "boolean", "size", "path", "file"];
+const SPEC_PROPERTIES = ["type", "description", "default", "required"];
+
+/** Modules are not type-checked before they are run. */
+function checkSpecs(definition: TargetDefinition): TargetDefinition {
+  for (const [name, spec] of Object.entries(definition.options ?? {})) {
+    const type: unknown = spec?.type;
+    if (!OPTION_TYPES.includes(type as string)) {
+      throw new UsageError(
+        `The target declares option "${name}" with type ${JSON.stringify(type)}: there are ` +
+          OPTION_TYPES.join(", "),
+      );
+    }
+    const unknown = Object.keys(spec).find((key) => !SPEC_PROPERTIES.includes(key));
+    if (unknown !== undefined) {
+      throw new UsageError(
+        `The target declares option "${name}" with "${unknown}": there are ` +
+          SPEC_PROPERTIES.join(", "),
+      );
+    }
+  }
+  return definition;
 }
 
 /** The declared options, a line each, for --help. */

@@ -378,7 +378,21 @@ const rate = (what: string) => ({
  * console.log(device.path);
  * ```
  */
-export const faultTarget: Target = defineTarget({
+export const faultTarget: Target<{
+  file: { type: "file" };
+  size: { type: "size" };
+  seed: { type: "number" };
+  operations: { type: "string" };
+  from: { type: "size" };
+  to: { type: "size" };
+  errorRate: { type: "number" };
+  error: { type: "string" };
+  delayRate: { type: "number" };
+  delayMs: { type: "number" };
+  shortRate: { type: "number" };
+  cache: { type: "boolean" };
+  cutAfter: { type: "number" };
+}> = defineTarget({
   options: {
     file: { type: "file", description: "what it keeps its data in; without: in memory" },
     size: { type: "size", default: "1G", description: "size of the device in memory" },

@@ -45,7 +45,13 @@ const SECTOR_BYTES = 512;
  * console.log(device.path);
  * ```
  */
-export const httpTarget: Target = defineTarget({
+export const httpTarget: Target<{
+  url: { type: "string" };
+  cache: { type: "path" };
+  readahead: { type: "size" };
+  timeout: { type: "number" };
+  etag: { type: "string" };
+}> = defineTarget({
   options: {
     url: { type: "string", required: true, description: "of the image: https://... or http://..." },
     cache: { type: "path", description: "local sparse file that keeps what was read" },

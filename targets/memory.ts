@@ -108,11 +108,12 @@ export function memoryDevice(
  * console.log(device.path);
  * ```
  */
-export const memoryTarget: Target = defineTarget({
-  options: {
-    size: { type: "size", default: "1G", description: "size of the device" },
-    blockSize: { type: "size", default: 512, description: "logical block: 512, 1K, 2K or 4K" },
-  },
-  share: ({ size }) => reserve(size),
-  open: ({ size, blockSize }, memory) => memoryDevice(size, blockSize, memory),
-});
+export const memoryTarget: Target<{ size: { type: "size" }; blockSize: { type: "size" } }> =
+  defineTarget({
+    options: {
+      size: { type: "size", default: "1G", description: "size of the device" },
+      blockSize: { type: "size", default: 512, description: "logical block: 512, 1K, 2K or 4K" },
+    },
+    share: ({ size }) => reserve(size),
+    open: ({ size, blockSize }, memory) => memoryDevice(size, blockSize, memory),
+  });

@@ -13,7 +13,10 @@ import {
 } from "../abi/ublk_cmd.ts";
 import {
   type BlockDevice,
+  type GivenOptions,
+  type NoOptions,
   openDefinition,
+  type OptionSpecs,
   parseOptions,
   type Target,
   type TargetDefinition,
@@ -34,9 +37,9 @@ import type { ServedTarget } from "../core/target.ts";
 import { PlayedDriver, RequestError } from "./driver.ts";
 
 /** How `openForTesting` opens a target. */
-export interface TestOptions {
+export interface TestOptions<Specs extends OptionSpecs = OptionSpecs> {
   /** Values of the target's own options, by name: as text, or as what they are. */
-  options?: Record<string, string | number | boolean>;
+  options?: GivenOptions<Specs>;
   /** Queues, 1 (default) to 4096. Each has an `open` of its own where the target has `share`. */
   queues?: number;
   /** Requests in flight for each queue, 1 to 4096; further ones wait. Default: 128. */
@@ -118,9 +121,9 @@ export interface TestDevice extends AsyncDisposable {
  * await assert.rejects(device.write(0, new Uint8Array(512)), { code: "EPERM" });
  * ```
  */
-export async function openForTesting(
-  target: Target | BlockDevice,
-  options: TestOptions = {},
+export async function openForTesting<Specs extends OptionSpecs = NoOptions>(
+  target: Target<Specs> | BlockDevice,
+  options: TestOptions<NoInfer<Specs>> = {},
 ): Promise<TestDevice> {
   const {
     queues = QUEUES_DEFAULT,

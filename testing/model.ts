@@ -9,7 +9,7 @@
  */
 
 import { UsageError } from "../core/error.ts";
-import type { BlockDevice, Target } from "../core/define_target.ts";
+import type { BlockDevice, NoOptions, OptionSpecs, Target } from "../core/define_target.ts";
 import { openForTesting, type TestDevice, type TestOptions } from "./device.ts";
 
 /** What is used of the package fast-check: pass its default export. */
@@ -29,7 +29,7 @@ export interface FastCheck {
 }
 
 /** How `checkAgainstModel` checks. */
-export interface ModelOptions extends TestOptions {
+export interface ModelOptions<Specs extends OptionSpecs = OptionSpecs> extends TestOptions<Specs> {
   /** The package fast-check, 3 or 4. Default: imported by that name. */
   fc?: FastCheck;
   /** Sequences of requests to try, each on a device of its own. Default: 50. */
@@ -81,9 +81,9 @@ type Draw = [kind: number, start: number, blocks: number, byte: number];
  * await checkAgainstModel(target, { fc, runs: 20 });
  * ```
  */
-export async function checkAgainstModel(
-  target: Target | BlockDevice,
-  options: ModelOptions = {},
+export async function checkAgainstModel<Specs extends OptionSpecs = NoOptions>(
+  target: Target<Specs> | BlockDevice,
+  options: ModelOptions<NoInfer<Specs>> = {},
 ): Promise<ModelReport> {
   const {
     fc = await importFastCheck(),

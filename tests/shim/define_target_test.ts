@@ -18,6 +18,8 @@ import {
   openDefinition,
   type ReadRequest,
   type Request,
+  type Target,
+  type TargetDefinition,
   type WriteRequest,
 } from "../../core/define_target.ts";
 import { UsageError } from "../../core/error.ts";
@@ -702,7 +704,7 @@ test("options: text and values are parsed, defaults taken, paths made absolute",
     },
   });
   const open = async (options: Record<string, string | number | boolean>) => {
-    await using device = await openForTesting(target, { options });
+    await using device = await openForTesting(target as Target, { options });
     return device.size;
   };
   const absolute = `${process.cwd()}/a.img`;
@@ -728,7 +730,7 @@ test("options: text and values are parsed, defaults taken, paths made absolute",
   ];
   for (const [options, message] of refused) {
     seen = undefined;
-    await assert.rejects(openForTesting(target, { options }), (error: Error) => {
+    await assert.rejects(openForTesting(target as Target, { options }), (error: Error) => {
       assert.ok(error instanceof UsageError, `${error}`);
       if (typeof message === "string") assert.equal(error.message, message);
       else assert.match(error.message, message);
@@ -736,8 +738,38 @@ test("options: text and values are parsed, defaults taken, paths made absolute",
     });
     assert.equal(seen, undefined, "it was opened");
   }
-  const none = openForTesting({ size: SIZE, read() {} }, { options: { x: 1 } });
+  const without = defineTarget({ size: SIZE, read() {} }) as Target;
+  const none = openForTesting(without, { options: { x: 1 } });
   await assert.rejects(none, new UsageError('Option "x": this target has none'));
+});
+
+test("options that are declared wrong are refused before anything is opened", async () => {
+  const refused: [unknown, string][] = [
+    [
+      { type: "int" },
+      'The target declares option "n" with type "int": there are string, number, boolean, size, path, file',
+    ],
+    [
+      {},
+      'The target declares option "n" with type undefined: there are string, number, boolean, ' +
+      "size, path, file",
+    ],
+    [
+      undefined,
+      'The target declares option "n" with type undefined: there are string, number, ' +
+      "boolean, size, path, file",
+    ],
+    [
+      { type: "size", requird: true },
+      'The target declares option "n" with "requird": there are type, description, default, required',
+    ],
+  ];
+  for (const [spec, message] of refused) {
+    const wrong = { options: { n: spec }, open: () => assert.fail("it was opened") };
+    for (const target of [wrong, defineTarget(wrong as TargetDefinition)]) {
+      await assert.rejects(openForTesting(target as Target), new UsageError(message));
+    }
+  }
 });
 
 test("what is no target, and what can be no device, is refused by name", async () => {

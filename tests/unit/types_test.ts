@@ -15,7 +15,7 @@ import {
   memoryTarget,
   type Target,
 } from "../../mod.ts";
-import type { FastCheck } from "../../testing/mod.ts";
+import { checkAgainstModel, type FastCheck, openForTesting } from "../../testing/mod.ts";
 import fc from "fast-check";
 
 const size = 4096;
@@ -92,17 +92,59 @@ test("devices that are wrong do not compile", () => {
     defineTarget({ open: () => 5 }),
   ];
   assert.equal(wrong.length, 15);
+  const specs: unknown[] = [
+    // @ts-expect-error no such type of option
+    defineTarget({ options: { a: { type: "int", default: 5 } }, open: () => ({ size, read }) }),
+    // @ts-expect-error a default is of its option's type, or text
+    defineTarget({ options: { a: { type: "size", default: true } }, open: () => ({ size, read }) }),
+  ];
+  assert.equal(specs.length, 2);
   // @ts-expect-error a device has a read
   const device: BlockDevice = { size };
   assert.ok(device);
 });
 
 test("ready-made targets are targets, with values for options", () => {
+  const sized = defineTarget({
+    options: {
+      size: { type: "size", default: "1G" },
+      label: { type: "string" },
+      fast: { type: "boolean", default: true },
+    },
+    open: ({ size }) => ({ size, read }),
+  });
   const serve = () => [
     createDevice(memoryTarget, { options: { size: "64M", blockSize: 4096 } }),
     createDevice(httpTarget, { queues: 1, options: { url: "https://example.org/disk.img" } }),
     createDevice(faultTarget, { options: { cache: true } }),
     createDevice(fault({ size, read }, { errorRate: 0.5 })),
+    createDevice(sized, { options: { size: 4096, label: "a", fast: "yes" } }),
+    createDevice(sized as Target, { options: { whatever: 5 } }),
+    createDevice(sized, {}),
+    openForTesting(sized, { depth: 1, options: { size: "64M" } }),
+    checkAgainstModel(sized, { fc, runs: 1, options: { size: "64M" } }),
+    // @ts-expect-error a misspelt option
+    createDevice(sized, { options: { sizze: 5 } }),
+    // @ts-expect-error a misspelt option
+    openForTesting(sized, { options: { sizze: 5 } }),
+    // @ts-expect-error a misspelt option
+    checkAgainstModel(sized, { fc, options: { sizze: 5 } }),
+    // @ts-expect-error a misspelt option
+    createDevice(memoryTarget, { options: { sizze: 5 } }),
+    // @ts-expect-error a misspelt option
+    createDevice(httpTarget, { options: { uri: "https://example.org" } }),
+    // @ts-expect-error a misspelt option
+    createDevice(faultTarget, { options: { cash: true } }),
+    // @ts-expect-error a size is bytes, or text
+    createDevice(sized, { options: { size: true } }),
+    // @ts-expect-error a switch is no number
+    createDevice(sized, { options: { fast: 1 } }),
+    // @ts-expect-error it has no options
+    createDevice(defineTarget({ size, read }), { options: { size: 5 } }),
+    // @ts-expect-error it has none either
+    createDevice({ size, read }, { options: { size: 5 } }),
+    // @ts-expect-error nor does this one
+    createDevice(defineTarget({ open: () => ({ size, read }) }), { options: { size: 5 } }),
     // @ts-expect-error an option is text, a number or a boolean
     createDevice(httpTarget, { options: { url: new URL("https://example.org") } }),
     // @ts-expect-error a target is no device
