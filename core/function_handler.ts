@@ -42,6 +42,19 @@ const TIMER_MAX_MS = 2 ** 31 - 1;
 /** Calls back once, whatever somebody's promise has for a `then` of its own. */
 const { then } = Promise.prototype;
 
+/** The time, so that a test may have one of its own. */
+export interface Clock {
+  /** In milliseconds. */
+  now(): number;
+  /** Calls later; nothing waits for that. */
+  after(ms: number, call: () => void): void;
+}
+
+const CLOCK: Clock = {
+  now: () => performance.now(),
+  after: (ms, call) => void setTimeout(call, ms).unref(),
+};
+
 type Settle = (slot: Slot, outcome: unknown, rejected: boolean) => void;
 
 /**
@@ -120,15 +133,18 @@ export class FunctionHandler implements RequestHandler {
   private readonly syncing: Uint8Array;
   /** Bytes that are done, to be answered after the `flush`. */
   private readonly done: Float64Array;
-  /** When a tag's promise is given up, in performance.now(); 0: it has none. */
+  /** When a tag's promise is given up, by the clock; 0: it has none. */
   private readonly deadlines: Float64Array;
   /** Tags that wait for `maxConcurrent`. */
   private readonly waiting: number[] = [];
   private outstanding = 0;
-  private timer: ReturnType<typeof setTimeout> | undefined;
+  private readonly clock: Clock;
+  /** `giveUp` will be called. */
+  private armed = false;
   needsEventLoop = false;
 
-  constructor(device: BlockDevice, { depth, log }: ServeContext) {
+  constructor(device: BlockDevice, { depth, log }: ServeContext, clock: Clock = CLOCK) {
+    this.clock = clock;
     this.device = device;
     this.log = log;
     this.timeoutMs = device.timeoutMs ?? TIMEOUT_DEFAULT_MS;
@@ -217,8 +233,8 @@ export class FunctionHandler implements RequestHandler {
   private wait(slot: Slot, answer: Promise<void | number>): void {
     this.needsEventLoop = true;
     this.outstanding++;
-    this.deadlines[slot.tag] = performance.now() + this.timeoutMs;
-    if (!this.timer) this.giveUpIn(slot.queue, this.timeoutMs);
+    this.deadlines[slot.tag] = this.clock.now() + this.timeoutMs;
+    if (!this.armed) this.giveUpIn(slot.queue, this.timeoutMs);
     then.call(answer, slot.fulfilled, slot.rejected);
   }
 
@@ -248,15 +264,15 @@ export class FunctionHandler implements RequestHandler {
   }
 
   private giveUpIn(queue: Queue, ms: number): void {
-    this.timer = setTimeout(() => this.giveUp(queue), Math.min(ms, TIMER_MAX_MS));
-    this.timer.unref();
+    this.armed = true;
+    this.clock.after(Math.min(ms, TIMER_MAX_MS), () => this.giveUp(queue));
   }
 
   /** Answers what is overdue, and comes back for the rest. */
   private giveUp(queue: Queue): void {
-    this.timer = undefined;
+    this.armed = false;
     if (queue.disposed) return;
-    const now = performance.now();
+    const now = this.clock.now();
     let next = Infinity;
     try {
       for (const [tag, deadline] of this.deadlines.entries()) {

@@ -50,6 +50,7 @@ export async function fuzz(
     numRuns: 2 ** 31 - 1,
     interruptAfterTimeLimit: timeMs,
     markInterruptAsFailure: false,
+    includeErrorInReport: true,
   });
   return {
     rounds: details.numRuns,

@@ -234,7 +234,7 @@ test("what settles after the queue has ended touches nothing of it", async () =>
   assert.deepEqual(set.log, []);
 });
 
-test("a buffer that is kept is empty when its queue has ended, and harms nobody", async () => {
+test("a buffer that is kept is empty when its queue has ended, and harms nobody", () => {
   const kept: Uint8Array<ArrayBuffer>[] = [];
   const read = ({ buffer }: ReadRequest) => {
     if (kept.push(buffer, new Uint8Array(buffer.buffer)) === 16) set.leave();
