@@ -15,6 +15,7 @@
  * @module
  */
 
+import { Buffer } from "node:buffer";
 import { ERRNO, errnoName } from "../abi/errno.ts";
 import { OP_NAMES, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
 import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
@@ -261,9 +262,8 @@ export class PlayedDriver extends Shim {
   #lookForLateWrite(queue: PlayedQueue, tag: number): void {
     const last = queue.answered[tag];
     queue.answered[tag] = undefined;
-    if (!last || isDetached(last.buffer)) return;
+    if (!last || isDetached(last.buffer) || isPoison(last.buffer)) return;
     const at = last.buffer.findIndex((byte) => byte !== POISON);
-    if (at < 0) return;
     const { op, offset, length, done } = last.request;
     this.lateWrites.push(
       `byte ${at} of a buffer was written after its request had been answered: ` +
@@ -283,4 +283,12 @@ export class PlayedDriver extends Shim {
 
 function isDetached({ length }: Uint8Array): boolean {
   return length === 0;
+}
+
+let poison = Buffer.alloc(0);
+
+/** Quicker than a look at each byte. */
+function isPoison(buffer: Uint8Array): boolean {
+  if (poison.length < buffer.length) poison = Buffer.alloc(buffer.length, POISON);
+  return Buffer.compare(buffer, poison.subarray(0, buffer.length)) === 0;
 }
