@@ -17,7 +17,7 @@ import { EXIT, ReportedError, reportFailure, toFailure } from "./exit.ts";
 import { printJson, tell } from "./output.ts";
 import { requestsInFlight, ServedBy } from "./served_by.ts";
 import { STOPPING_SIGNAL } from "./start_server.ts";
-import { parseDeviceId } from "./size.ts";
+import { oneDeviceId, parseDeviceId } from "./size.ts";
 
 /** The server has let go when DEL_DEV ends; its process needs a moment more. */
 const SERVER_EXIT_DEADLINE_MS = 15_000;
@@ -52,6 +52,8 @@ export interface Deletion {
   force?: boolean;
   /** Without waiting until the last one has let go. */
   lazy?: boolean;
+  /** It is only stopped. */
+  keep?: boolean;
   /** Told of each step, as what is left of the device when it is interrupted there. */
   onStep?: (left: string) => void;
 }
@@ -73,6 +75,30 @@ export function defineDel(program: Command): void {
     .addOption(new Option("--if-unused").hideHelp().conflicts("force")) // What it always does.
     .addOption(new Option("--async").hideHelp())
     .action(del);
+}
+
+export function defineStop(program: Command): void {
+  program.command("stop")
+    .summary("stop a device and keep its id")
+    .description(
+      "Stops a device as del does, and leaves it in the driver: DEAD, without block device and " +
+        "server, until it is deleted. Nothing can start it again; its id stays taken.",
+    )
+    .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
+    .option("-n, --number <id>", "device id", parseDeviceId)
+    .option("--force", "even in use or hung: its users get I/O errors, its server is killed")
+    .action(stop);
+}
+
+async function stop(
+  device: number | undefined,
+  { number, force = false, json }: DelOptions,
+): Promise<void> {
+  const id = oneDeviceId("stop", device, number);
+  using control = await Control.open();
+  const keep = true;
+  await interruptible(id, (onStep) => deleteDevice(control, id, { force, keep, onStep }));
+  if (json) printJson({ stopped: id });
 }
 
 async function del(devices: string[], options: DelOptions): Promise<void> {
@@ -139,7 +165,7 @@ async function interruptible<T>(
 export async function deleteDevice(
   control: Control,
   id: number,
-  { force = false, lazy = false, onStep = () => {} }: Deletion,
+  { force = false, lazy = false, keep = false, onStep = () => {} }: Deletion,
 ): Promise<readonly string[] | undefined> {
   control.apart = true;
   const info = await control.getDeviceInfo(id);
@@ -168,23 +194,25 @@ export async function deleteDevice(
   const stopped = asks && await stopUnused(control, id, nodes, waiting);
   if (!stopped && !lazy) await waiting(control.stopDevice(id));
   checkpoint("stopped");
-  onStep(`is stopped, and the driver deletes it when all have let go; ${goOn}`);
-  // Its server, or another `ubd del`, may have been faster.
-  const deleting = lazy
-    ? control.deleteDeviceLater(id)
-    : force
-    ? deleteHeld(control, id)
-    : control.deleteDevice(id);
-  await ignoring(["ENODEV"], waiting(deleting));
-  checkpoint("deleted");
-  onStep("is deleted; its server is still to end");
+  if (!keep) {
+    onStep(`is stopped, and the driver deletes it when all have let go; ${goOn}`);
+    // Its server, or another `ubd del`, may have been faster.
+    const deleting = lazy
+      ? control.deleteDeviceLater(id)
+      : force
+      ? deleteHeld(control, id)
+      : control.deleteDevice(id);
+    await ignoring(["ENODEV"], waiting(deleting));
+    checkpoint("deleted");
+  }
+  onStep(`is ${keep ? "stopped" : "deleted"}; its server is still to end`);
   if (statePid !== undefined) removeState(id, statePid);
-  forgetLog();
+  if (!keep) forgetLog();
   if (server && !lazy) {
     const kill = `; kill -9 ${server.process.pid} ends it`;
     await hurried(control, id, server, { force, kill }, serverGone(id, server));
   }
-  return force || lazy ? await keptBy(control, id, nodes) : undefined;
+  return (force || lazy) && !keep ? await keptBy(control, id, nodes) : undefined;
 }
 
 /** The driver stops a device only while nobody has it open. @returns false: it is to be told to. */

@@ -11,7 +11,7 @@ import { onStateFault } from "../core/state.ts";
 import { VERSION } from "../core/version.ts";
 import { runtime } from "../ffi/mod.ts";
 import { defineAdd, targetHelp } from "./add.ts";
-import { defineDel } from "./del.ts";
+import { defineDel, defineStop } from "./del.ts";
 import { defineDoctor } from "./doctor.ts";
 import { EXIT, EXIT_MEANINGS, reportFailure, toFailure, VERB_EXIT_MEANINGS } from "./exit.ts";
 import { defineGc } from "./gc.ts";
@@ -36,6 +36,7 @@ function defineProgram(): Command {
   defineAdd(program);
   defineRun(program);
   defineDel(program);
+  defineStop(program);
   defineResize(program);
   defineRecover(program);
   defineQuiesce(program);

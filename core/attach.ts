@@ -6,6 +6,7 @@
  */
 
 import { accessSync, constants, readFileSync } from "node:fs";
+import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { DeviceInfo, IoCommand } from "../abi/dialect.ts";
 import { ERRNO, errnoName } from "../abi/errno.ts";
@@ -142,6 +143,7 @@ export async function attach(
       blockName: dialect.blockName(info.id),
       zeroCopy: zeroCopy && {
         ...zeroCopy,
+        fallsBack: Boolean(process.env.UBD_DEBUG_FALLBACK),
         registerOpcode: ioOpcode("REGISTER_IO_BUF"),
         unregisterOpcode: ioOpcode("UNREGISTER_IO_BUF"),
       },

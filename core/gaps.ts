@@ -48,6 +48,12 @@ export function gapsOf(dialect: Dialect, limits: DeviceLimits): Gaps | undefined
 export class GapQueue extends Queue {
   /** Set after the constructor, whose parameters are Queue's. */
   gaps: Gaps = { durability: false, rest: false, refused: [] };
+  /** Is asked for the rest of what it has answered with less than all. */
+  handler: RequestHandler | undefined;
+  /** Bytes of a tag's request that are done: it is for what comes after them. */
+  readonly #done: Float64Array = new Float64Array(this.depth);
+  /** What they were, of a READ: their place in the tag's buffer is the rest's for now. */
+  readonly #read: Uint8Array[][] = Array.from({ length: this.depth }, () => []);
 
   override flags(tag: number): number {
     const op = this.op(tag);
@@ -55,11 +61,45 @@ export class GapQueue extends Queue {
     return super.flags(tag) | (this.gaps.durability && writes ? UBLK_IO_F_FUA : 0);
   }
 
+  override bytes(tag: number): number {
+    return super.bytes(tag) - this.#done[tag]!;
+  }
+
+  override offset(tag: number): number {
+    return super.offset(tag) + this.#done[tag]!;
+  }
+
   override commit(tag: number, result: number): void {
     const op = this.op(tag);
     const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
-    const short = moves && result >= 0 && result < this.bytes(tag);
-    super.commit(tag, short && this.gaps.rest ? -ERRNO.EIO : result);
+    if (!moves || !this.gaps.rest) return super.commit(tag, result);
+    const bytes = this.bytes(tag);
+    if (result > 0 && result < bytes) return this.#goOn(tag, op, result, bytes);
+    const done = this.#done[tag]!;
+    const failed = result !== bytes;
+    if (done > 0 && !failed && op === UBLK_IO_OP_READ) this.#join(tag, done, bytes);
+    this.#done[tag] = 0;
+    this.#read[tag]!.length = 0;
+    super.commit(tag, !failed ? done + bytes : result < 0 ? result : -ERRNO.EIO);
+  }
+
+  /** The rest begins where the tag's buffer does, as if the driver had asked for it. */
+  #goOn(tag: number, op: number, result: number, bytes: number): void {
+    const data = this.data(tag, bytes);
+    if (op === UBLK_IO_OP_READ) this.#read[tag]!.push(data.slice(0, result));
+    else data.copyWithin(0, result);
+    this.#done[tag]! += result;
+    this.handler!.handle(this, tag);
+  }
+
+  #join(tag: number, done: number, bytes: number): void {
+    const data = this.data(tag, done + bytes);
+    data.copyWithin(done, 0, bytes);
+    let at = 0;
+    for (const part of this.#read[tag]!) {
+      data.set(part, at);
+      at += part.length;
+    }
   }
 }
 

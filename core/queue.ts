@@ -55,6 +55,7 @@ import {
   TAG_MASK,
 } from "../ffi/mod.ts";
 import { assert, AssertionError } from "./assert.ts";
+import { checkpoint, isCheckpoint } from "./checkpoint.ts";
 import { UblkError } from "./error.ts";
 import { emptyStats } from "./stats.ts";
 import type { RequestHandler } from "./target.ts";
@@ -391,6 +392,11 @@ export class Queue implements Disposable {
     this.started = true;
     for (let tag = 0; tag < this.depth; tag++) {
       assert(this.states[tag] === FREE, "a tag is fetched twice");
+      if (tag === this.depth >> 1 && isCheckpoint("fetching")) {
+        this.shim.native.ubd_step(this.handle, this.commandCount, 0);
+        checkpoint("fetching");
+        this.commandCount = 0;
+      }
       this.states[tag] = FETCHED;
       this.command(COMMAND_FETCH, tag, 0);
     }

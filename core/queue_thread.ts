@@ -268,10 +268,14 @@ function partsOf(
   log: Log,
 ): { queue: Queue; handler: RequestHandler } {
   const { gaps } = config;
-  const queue = gaps ? new GapQueue(shim, config, stats) : new Queue(shim, config, stats);
-  if (queue instanceof GapQueue) queue.gaps = gaps!;
-  const handler = target.handler(serveContext(config, log));
-  return { queue, handler: gaps ? refusing(handler, gaps.refused) : handler };
+  if (!gaps) {
+    const queue = new Queue(shim, config, stats);
+    return { queue, handler: target.handler(serveContext(config, log)) };
+  }
+  const queue = new GapQueue(shim, config, stats);
+  const handler = refusing(target.handler(serveContext(config, log)), gaps.refused);
+  Object.assign(queue, { gaps, handler });
+  return { queue, handler };
 }
 
 function serveContext({ depth, ioBytesMax, blockName }: Assignment, log: Log): ServeContext {

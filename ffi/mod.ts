@@ -104,6 +104,8 @@ export interface QueueConfig {
 export interface ZeroCopyConfig {
   /** The driver registers them with each request; else the queue does, by these commands. */
   automatic: boolean;
+  /** For tests: the driver is told to, where it cannot, and the queue does. */
+  fallsBack?: boolean;
   registerOpcode: number;
   unregisterOpcode: number;
 }
@@ -160,7 +162,7 @@ export class Shim {
     words[7] = config.sqe128 ? 1 : 0;
     words[8] = config.descriptorBytes;
     if (config.zeroCopy) {
-      words[9] = config.zeroCopy.automatic ? 2 : 1;
+      words[9] = !config.zeroCopy.automatic ? 1 : config.zeroCopy.fallsBack ? 4 : 2;
       words[12] = config.zeroCopy.registerOpcode;
       words[13] = config.zeroCopy.unregisterOpcode;
     }

@@ -109,7 +109,7 @@ pub fn gather(queue: *Queue, command: *const layout.Command) void {
     const sqe = state.gathering orelse begin(queue, if (is_fetch) queue.config.prep_op else queue.config.commit_op);
     const item = element(state, state.next + state.gathered);
     item.tag = command.tag;
-    item.buf_index = command.tag;
+    item.buf_index = command.tag + queue.auto_base;
     item.result = ring.answer(queue, command);
     if (state.element_bytes > 8) item.buf_addr = queue.addresses[command.tag];
     state.gathered += 1;

@@ -71,6 +71,8 @@ pub const data_copied = 0;
 pub const data_registered = 1;
 pub const data_automatic = 2;
 pub const data_user = 3;
+/// For tests: as data_automatic, but the driver can never register.
+const data_fallback = 4;
 
 /// UBLKSRV_IO_BUF_OFFSET, UBLK_TAG_OFF and UBLK_QID_OFF: where the character device has a tag's data.
 const user_data_start = 0x8000_0000;
@@ -128,6 +130,8 @@ pub const Queue = struct {
     stats: [*]f64,
     /// io_bytes_max of zeroes, never written and so never more than the kernel's one zero page.
     zeroes: usize,
+    /// Which of the ring's buffers the driver is told to make of tag 0's requests. 0, or behind all.
+    auto_base: u16,
     /// A FETCH and a COMMIT are an SQE each, and the shim copies no data.
     plain: bool,
     /// The character device is the ring's file 0.
@@ -142,7 +146,7 @@ pub fn queueInit(config: *const layout.QueueConfig, stats: ?[*]f64, out: **Queue
     if (config.io_bytes_max < page or config.io_bytes_max % page != 0) return -sys.EINVAL;
     if (config.desc_bytes < config.depth * @sizeOf(layout.IoDesc)) return -sys.EINVAL;
     if (config.desc_bytes % page != 0 or config.wake_fd < 0) return -sys.EINVAL;
-    if (config.data_mode > data_user) return -sys.EINVAL;
+    if (config.data_mode > data_fallback) return -sys.EINVAL;
     if ((config.data_mode == data_user or config.prep_op != 0) and config.char_fd < 0) return -sys.EINVAL;
 
     const capacity = config.depth + 1;
@@ -152,6 +156,10 @@ pub fn queueInit(config: *const layout.QueueConfig, stats: ?[*]f64, out: **Queue
     const base = sys.mapMemory(bytes) catch return -sys.ENOMEM;
     const queue: *Queue = @ptrFromInt(base);
     queue.config = config.*;
+    if (config.data_mode == data_fallback) {
+        queue.config.data_mode = data_automatic;
+        queue.auto_base = @intCast(config.depth);
+    }
     queue.stats = stats orelse &uncounted;
     queue.mapping = base;
     queue.mapping_bytes = bytes;
@@ -436,6 +444,7 @@ inline fn putPlain(queue: *Queue, commands: []const layout.Command) i32 {
     const descs = queue.descs;
     const addresses = queue.addresses;
     const automatic = queue.config.data_mode == data_automatic;
+    const auto_reg = @as(u32, queue.auto_base) | auto_reg_fallback;
     const ops = [2]u32{ queue.config.fetch_op, queue.config.commit_op };
     var tally = Tally{ .stats = queue.stats };
     defer tally.close();
@@ -452,7 +461,7 @@ inline fn putPlain(queue: *Queue, commands: []const layout.Command) i32 {
         }
         if (command.op == command_commit) tally.add(descs[command.tag].op_flags, command.value);
         packIo(sqe, &io_sqe, ops[command.op], command.tag, command.value, addresses[command.tag]);
-        if (automatic) sqe.addr = @as(u32, command.tag) | auto_reg_fallback;
+        if (automatic) sqe.addr = command.tag + auto_reg;
     }
     sq.sqe_tail = tail;
     return 0;

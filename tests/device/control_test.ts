@@ -2,7 +2,7 @@
 /** What can be done to a device that is being served: resize, quiesce, upgrade, and the rest. */
 
 import assert from "node:assert/strict";
-import { readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
 import {
@@ -11,6 +11,7 @@ import {
   gone,
   KERNEL,
   killServer,
+  queueSetting,
   scaled,
   type Scene,
   startVerifier,
@@ -181,6 +182,94 @@ deviceTest("set_affinity moves a queue's thread; info shows the driver's paramet
   const { params } = JSON.parse(await succeeds(scene, "info", n, "--json"));
   assert.equal(params.discard.granularityBytes, 4096);
   await scene.del(device);
+});
+
+deviceTest("limits of memory and segments reach the block layer, or are refused by name", {
+  anyKernel: true,
+}, async (scene) => {
+  const given = ["--memory-align", "1K", "--segments", "9", "--segment-size", "8K"];
+  const boundary = ["--segment-boundary", "64K"];
+  if (!await has(scene, "AUTO_ZC")) { // As old as these parameters.
+    const { code, stderr } = await scene.ubd("add", "null", ...given, ...boundary);
+    assert.equal(code, 1);
+    assert.match(stderr, /lacks limits of segments \(needs 6\.15\)/);
+    return;
+  }
+  const device = await scene.add("null", ...given, ...boundary);
+  const settings = ["dma_alignment", "max_segments", "max_segment_size"];
+  assert.deepEqual(settings.map((name) => queueSetting(device, name)), ["1023", "9", "8192"]);
+  const info = await succeeds(scene, "info", `${device.id}`);
+  assert.match(info, /^best I\/O .* memory aligned to 1024 bytes$/m);
+  assert.match(info, /^segments +9 of up to 8 KiB, none across a multiple of 64 KiB$/m);
+  await scene.sh(`dd if=${device.path} of=/dev/null bs=1M count=8 iflag=direct status=none`);
+  await scene.del(device);
+
+  const module = join(scene.directory, "limits.ts");
+  const memory = "memory: { segmentsMax: 5, memoryAlignBytes: 512 }";
+  writeFileSync(module, `export default { size: 1 << 20, ${memory}, read() {} };\n`);
+  const other = await scene.add(module);
+  assert.deepEqual(settings.slice(0, 2).map((name) => queueSetting(other, name)), ["511", "5"]);
+  await scene.del(other);
+});
+
+deviceTest("stop ends a device and keeps its id", { anyKernel: true }, async (scene) => {
+  const device = await scene.add("null");
+  const n = `${device.id}`;
+  await succeeds(scene, "stop", n);
+  await isIn(scene, device, "state DEAD");
+  assert.equal(existsSync(device.path), false);
+  assert.equal(existsSync(statePath(device.id)), false);
+  assert.ok(await until(() => !existsSync(`/proc/${device.pid}`)), "its server lives");
+  const { code, stderr } = await scene.ubd("add", "null", "-n", n);
+  assert.deepEqual([code, /EEXIST/.test(stderr)], [4, true], stderr);
+  await succeeds(scene, "stop", n);
+  await scene.del(device);
+});
+
+deviceTest(
+  "a server that dies between FETCHes of one queue leaves a device that can be deleted",
+  { skip: KERNEL !== "newest" && "the driver of Linux 6.12 warns of it in the kernel's log" },
+  async (scene) => {
+    const env = { UBD_DEBUG_EXIT: "fetching" };
+    for (const batch of await has(scene, "BATCH_IO") ? [[], ["--batch"]] : [[]]) {
+      const add = ["ubd", "add", "null", "-n", "7", "-d", "9", "--foreground", ...batch];
+      assert.match((await scene.run(add, { env })).stderr, /SIGKILL/);
+      assert.match((await scene.ubd("list", "-n", "7")).stdout, /state DEAD/);
+      await succeeds(scene, "del", "7");
+      const again = await scene.add("null", "-n", "7");
+      await scene.del(again);
+    }
+  },
+);
+
+deviceTest("what the driver cannot register, the queue does", { limitS: 240 }, async (scene) => {
+  if (!await has(scene, "AUTO_ZC")) return;
+  const tracing = "/sys/kernel/tracing";
+  await scene.sh(`mountpoint -q ${tracing} || mount -t tracefs nodev ${tracing}`);
+  const events = `${tracing}/events/io_uring/io_uring_submit_req/enable`;
+  const reads = 20;
+  const commands = async (env: Record<string, string>, ...flags: string[]) => {
+    const image = scene.image(`disk${flags.length}${Object.keys(env).length}`, 8 << 20);
+    await scene.sh(`head -c 8M /dev/urandom > ${image}`);
+    const added = await scene.run(["ubd", "add", "loop", image, ...flags], { env });
+    assert.equal(added.code, 0, added.stderr);
+    const device = scene.adopt(added.stdout, added.stderr);
+    await scene.sh(
+      `cmp ${image} ${device.path}; dd if=/dev/zero of=${device.path} bs=64K ` +
+        `count=16 oflag=direct status=none; cmp ${image} ${device.path}; echo > ${tracing}/trace; ` +
+        `echo 1 > ${events}; dd if=${device.path} of=/dev/null bs=4k count=${reads} iflag=direct ` +
+        `status=none; echo 0 > ${events}`,
+    );
+    const lines = await scene.sh(`grep -c URING_CMD ${tracing}/trace || true`);
+    await scene.del(device);
+    return Number(lines);
+  };
+  const batches = await has(scene, "BATCH_IO") ? [[], ["--batch"]] : [[]];
+  for (const batch of batches) {
+    const usual = await commands({}, ...batch);
+    const fallen = await commands({ UBD_DEBUG_FALLBACK: "1" }, ...batch);
+    assert.ok(usual < 2 * reads && fallen >= 3 * reads, `${usual}, ${fallen} commands`);
+  }
 });
 
 deviceTest("--no-partscan shows no partitions, or is refused by name", {}, async (scene) => {

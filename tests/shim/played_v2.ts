@@ -7,10 +7,11 @@
  */
 import { UBD_V2 } from "../../abi/dialect.ts";
 import { ERRNO } from "../../abi/errno.ts";
-import { UBLK_IO_OP_READ } from "../../abi/ublk_cmd.ts";
+import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../../abi/ublk_cmd.ts";
 import * as ubd from "../../abi/ubd_v2.ts";
 import { pack, unpack } from "../../abi/struct.ts";
 import {
+  COMMAND_COMMIT,
   COMMAND_FETCH,
   COMMAND_WORDS,
   type ControlRequest,
@@ -19,6 +20,7 @@ import {
   type QueueConfig,
   type QueueMemory,
   TAG_BITS,
+  TAG_MASK,
 } from "../../ffi/mod.ts";
 import { PlayedDriver } from "../../testing/driver.ts";
 
@@ -35,7 +37,7 @@ const NAMES = new Map([
 export class PlayedV2 extends PlayedDriver {
   /** Names of the commands that came, "open PATH", and "read-only". */
   readonly asked: string[] = [];
-  /** What would have crashed the kernel. */
+  /** What would have crashed the kernel, or lost data. */
   readonly crashes: string[] = [];
   /** There is a device. */
   added = false;
@@ -54,9 +56,17 @@ export class PlayedV2 extends PlayedDriver {
     const native = {
       ...this.native,
       ubd_step: (handle: number, count: number, wait: number) => {
-        const words = new Int32Array(memories.get(handle)!.commands);
+        const memory = memories.get(handle)!;
+        const words = new Int32Array(memory.commands);
+        const descriptors = new Int32Array(memory.descriptors);
         for (let at = 0; at < count; at++) {
-          if (words[at * COMMAND_WORDS]! >>> TAG_BITS === COMMAND_FETCH) this.#unfetched--;
+          const [head, value] = [words[at * COMMAND_WORDS]!, words[at * COMMAND_WORDS + 1]!];
+          const [command, tag] = [head >>> TAG_BITS, head & TAG_MASK];
+          if (command === COMMAND_FETCH) this.#unfetched--;
+          if (command !== COMMAND_COMMIT || value < 0) continue;
+          const [op, sectors] = [descriptors[tag * 6]! & 0xff, descriptors[tag * 6 + 1]!];
+          const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
+          if (moves && value !== sectors * 512) this.crashes.push(`${value} bytes taken for all`);
         }
         return ubd_step(handle, count, wait);
       },

@@ -266,6 +266,69 @@ test("each write is flushed before it is answered, or told to be durable", TIMEO
   }
 });
 
+test(
+  "the rest of a short count is asked for, since the driver takes any for all",
+  TIMEOUT,
+  async () => {
+    const disk = new Uint8Array(SIZE);
+    const asked: [number, number][] = [];
+    let turn = 0;
+    const later = (count: number) => ++turn % 2 ? Promise.resolve(count) : count;
+    const device: BlockDevice = {
+      size: SIZE,
+      read({ offset, length, buffer }) {
+        const count = Math.min(length, 1024);
+        buffer.set(disk.subarray(offset, offset + count));
+        asked.push([offset, length]);
+        return later(count);
+      },
+      write({ offset, length, buffer }) {
+        const count = Math.min(length, 1536);
+        disk.set(buffer.subarray(0, count), offset);
+        return later(count);
+      },
+      flush() {},
+    };
+    using set = await setUp(device);
+    const made = await set.create();
+    asked.length = 0;
+    const [data, got] = [new Uint8Array(16384), new Uint8Array(16384)];
+    for (let at = 0; at < data.length; at++) data[at] = at * 7 + (at >> 8);
+    const others = [0, 8192].map((offset) => set.write(offset, new Uint8Array(8192).fill(1)));
+    await set.write(65536, data);
+    await Promise.all(others);
+    await set.driver.submit(UBLK_IO_OP_READ, 0, 65536, got.length, got);
+    assert.deepEqual(disk.subarray(65536, 65536 + 16384), data);
+    assert.deepEqual(got, data);
+    assert.deepEqual(asked.slice(0, 2), [[65536, 16384], [66560, 15360]]);
+    assert.equal(asked.length, 16);
+    await made.stop();
+    assert.deepEqual([set.driver.crashes, set.log], [[], []]);
+    assert.deepEqual(made.stats().read.requests, 2, "with that of the search for partitions");
+  },
+);
+
+test(
+  "a failure in the rest fails all of a request, and the next one is whole",
+  TIMEOUT,
+  async () => {
+    let calls = 0;
+    const read = ({ buffer }: { buffer: Uint8Array }) => {
+      if (++calls % 2 === 0) throw Object.assign(new Error("bad"), { code: "ENOSPC" });
+      buffer.fill(calls);
+      return 512;
+    };
+    using set = await setUp({ size: SIZE, read });
+    const device = await set.create();
+    calls = 0;
+    for (let round = 0; round < 9; round++) await assert.rejects(set.read(0), { code: "ENOSPC" });
+    calls = 0;
+    await set.read(0, 512);
+    await device.stop();
+    assert.deepEqual(set.driver.crashes, []);
+  },
+);
+
 test("a worker of the kernel's has a control command from the start", TIMEOUT, () => {
   // A file that knows no commands answers at once: what is left to see is who was asked.
   const script = `

@@ -21,7 +21,7 @@ const hasDriver = existsSync("/dev/ublk-control") || existsSync("/dev/ubd-contro
 const driverSkip = hasDriver ? "the ublk driver is loaded" : false;
 
 const VERBS = [
-  ...["add", "run", "del", "resize", "recover", "quiesce", "upgrade", "gc", "set_affinity"],
+  ...["add", "run", "del", "stop", "resize", "recover", "quiesce", "upgrade", "gc", "set_affinity"],
   ...["list", "info", "features", "log", "doctor", "udev", "version", "help"],
 ];
 

@@ -55,6 +55,12 @@ function fakeControl(
   return { control: control as unknown as Control, asked };
 }
 
+test("what is to be kept is stopped, and not deleted", async () => {
+  const { control, asked } = fakeControl({});
+  assert.strictEqual(await deleteDevice(control, ID, { force: true, keep: true }), undefined);
+  assert.deepStrictEqual(asked, ["stopDevice"]);
+});
+
 test("with --force, a driver without DEL_DEV_ASYNC gets DEL_DEV, however it says so", async () => {
   for (const lacking of [-22, -95, -524]) {
     const { control, asked } = fakeControl({ deleteDeviceLater: lacking });
