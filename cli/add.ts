@@ -36,7 +36,7 @@ import { type Command, Option } from "commander";
 import { backingFile, descriptorNumber, filesOf, holdFiles } from "./backing_files.ts";
 import { describeDevice, dumpDevice, holders, isNoneOfOurs, takenError } from "./describe.ts";
 import { toFailure } from "./exit.ts";
-import { print, printJson, tell } from "./output.ts";
+import { neverWait, print, printJson, tell } from "./output.ts";
 import { serve } from "./server.ts";
 import { type Live, type RecoveryMode, type ServerSpec, startServer } from "./start_server.ts";
 import { formatSize, parseInteger, parseSize } from "./size.ts";
@@ -158,11 +158,12 @@ function parseRecovery(text: string): RecoveryMode {
   throw new UsageError(`Recovery "${text}": say --recovery=${RECOVERY_MODES.join(" or =")}`);
 }
 
-function collectOption(text: string, collected: Record<string, string> = {}) {
+function collectOption(text: string, collected: Record<string, string> = Object.create(null)) {
   const [, name, value] = /^([^=]+)=(.*)$/s.exec(text) ?? [];
   if (name === undefined) throw new UsageError(`--opt ${text}: say --opt NAME=VALUE`);
   if (Object.hasOwn(collected, name)) throw new UsageError(`--opt ${name}: it is given twice`);
-  return { ...collected, [name]: value! };
+  collected[name] = value!;
+  return collected;
 }
 
 function parseZeroCopy(text: string): ZeroCopyWish {
@@ -338,6 +339,7 @@ async function add(
   if (options.foreground) {
     const shim = new Shim();
     becomeFlusher(shim, filesOf(spec).flatMap(({ typed = "" }) => descriptorNumber(typed) ?? []));
+    neverWait();
     let shown: Promise<void> | undefined;
     const onLive = (live: Live) => {
       notify(`READY=1\nSTATUS=${live.path} is live`);

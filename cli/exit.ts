@@ -6,7 +6,8 @@
  */
 
 import { UblkError, type UblkErrorDetails, UsageError } from "../core/error.ts";
-import { printJson, tell } from "./output.ts";
+import { shorten } from "../core/text.ts";
+import { finishOutput, printJson, tell } from "./output.ts";
 
 export const EXIT = {
   OK: 0,
@@ -19,6 +20,7 @@ export const EXIT = {
   TIMEOUT: 7,
   BUG: 70,
   INTERRUPTED: 130,
+  PIPE: 141,
 } as const;
 
 /** `ubd run` could not start its command: what shells, env and timeout say then. */
@@ -36,6 +38,7 @@ export const EXIT_MEANINGS: readonly (readonly [number, string])[] = [
   [EXIT.TIMEOUT, "the kernel did not answer in time"],
   [EXIT.BUG, "a bug in ubd"],
   [EXIT.INTERRUPTED, "interrupted; nothing half-made is left"],
+  [EXIT.PIPE, "done, but who read standard output has gone before its end"],
 ];
 
 /** What a verb means besides these, or instead. */
@@ -95,6 +98,23 @@ export function toFailure(error: unknown): Failure {
 }
 
 export function reportFailure(failure: Failure, json: boolean): void {
-  if (json) printJson({ error: failure });
+  const short = (_: string, value: unknown) => typeof value === "string" ? shorten(value) : value;
+  if (json) printJson({ error: JSON.parse(JSON.stringify(failure, short)) });
   tell(failure.message);
+}
+
+/**
+ * The last that a program does: what it has printed has gone, or it is no success.
+ *
+ * @param code of its work. @returns the exit code.
+ */
+export async function finish(code: number): Promise<number> {
+  const errno = await finishOutput();
+  if (errno === undefined || code !== EXIT.OK) return code;
+  if (errno === "EPIPE") return EXIT.PIPE; // As a shell has it of a program that SIGPIPE ended.
+  const hint = "the work is done; only what was to be printed is lost";
+  const error = new UblkError({ errno, operation: "write to standard output", hint });
+  reportFailure(toFailure(error), false);
+  await finishOutput();
+  return EXIT.FAILURE;
 }

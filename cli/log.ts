@@ -6,7 +6,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { Command } from "commander";
 import { UblkError, UsageError } from "../core/error.ts";
 import { logPath, readLog } from "./device_log.ts";
-import { print, printJson } from "./output.ts";
+import { print, printJson, printsInVain } from "./output.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
 
 const FOLLOW_PAUSE_MS = 200;
@@ -42,7 +42,7 @@ async function log(device: number | undefined, options: LogOptions): Promise<voi
     let { text, end } = readLog(fd);
     if (options.json) return printJson({ id, log: text });
     print(text);
-    while (options.follow && fstatSync(fd).nlink > 0) {
+    while (options.follow && !printsInVain() && fstatSync(fd).nlink > 0) {
       await sleep(FOLLOW_PAUSE_MS);
       ({ text, end } = readLog(fd, end));
       print(text);

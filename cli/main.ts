@@ -33,6 +33,18 @@ async function main(): Promise<number> {
   return await (await import("./program.ts")).runProgram();
 }
 
+/** @returns the exit code, once all that was printed has gone. */
+async function ended(): Promise<number> {
+  const { finish, reportFailure, toFailure } = await import("./exit.ts");
+  try {
+    return await finish(await main());
+  } catch (error) {
+    const failure = toFailure(error);
+    reportFailure(failure, false);
+    return failure.exitCode;
+  }
+}
+
 // Nothing may keep the process once the work is done: exit, do not wait for the event loop.
-if (isMainThread) main().then((code) => process.exit(code));
+if (isMainThread) ended().then((code) => process.exit(code));
 else import("../targets/queue_thread.ts");

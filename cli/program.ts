@@ -6,7 +6,8 @@
 
 import { release } from "node:os";
 import process from "node:process";
-import { Command, CommanderError } from "commander";
+import { Command, CommanderError, Help } from "commander";
+import { UsageError } from "../core/error.ts";
 import { onStateFault } from "../core/state.ts";
 import { VERSION } from "../core/version.ts";
 import { runtime } from "../ffi/mod.ts";
@@ -25,13 +26,21 @@ import { defineSetAffinity } from "./set_affinity.ts";
 import { commandOf, defineRun } from "./run.ts";
 import { defineUdev } from "./udev.ts";
 
-function defineProgram(): Command {
+/** @param json help is JSON, too. @param targetHelp of the target that the words name. */
+export function defineProgram(json = false, targetHelp = ""): Command {
+  const text = (help: string) => () => json ? "" : help;
   const program = new Command("ubd")
     .description("Linux block devices served from TypeScript (ublk)")
     .helpCommand(false)
     .enablePositionalOptions() // `list -v` is not `-v`
     .exitOverride()
     .configureOutput({ writeOut: print, outputError: () => {} }) // reportFailure prints it
+    .configureHelp({
+      formatHelp: (command, helper) =>
+        json
+          ? `${JSON.stringify(describe(command, targetHelp))}\n`
+          : Help.prototype.formatHelp.call(helper, command, helper),
+    })
     .showSuggestionAfterError();
   defineAdd(program);
   defineRun(program);
@@ -56,14 +65,14 @@ function defineProgram(): Command {
     .description("Shows help, for all verbs or for one.")
     .argument("[verb...]", "what to explain")
     .option("-t, --type <target>", "the same as: help add")
-    .action(([verb]: string[], options: { json?: boolean; type?: string }) =>
-      help(program, options.type === undefined ? verb : "add", options)
+    .action(([verb]: string[], { type }: { type?: string }) =>
+      help(program, type === undefined ? verb : "add")
     );
   program.option("-v, --version", "show versions");
   program.action((_, command: Command) => {
     if (command.args.length > 0) unknownVerb(program, command.args[0]!);
     if (command.opts().version) return version({});
-    help(program, undefined, {});
+    help(program);
     process.exitCode = EXIT.USAGE;
   });
   program.allowExcessArguments(true);
@@ -71,14 +80,14 @@ function defineProgram(): Command {
     command.option("--json", "print JSON on standard output");
     const own = VERB_EXIT_MEANINGS[command.name()];
     if (own) {
-      command.addHelpText("after", `\nExit codes, besides those of ubd help:\n${codes(own)}`);
+      const exits = `\nExit codes, besides those of ubd help:\n${codes(own)}`;
+      command.addHelpText("after", text(exits));
     }
+    if (targetHelp && command.name() === "add") command.addHelpText("after", text(targetHelp));
   }
-  program.addHelpText(
-    "after",
-    `\nSizes: bytes, or 64K, 64M, 64G (x 1024), 64MB (x 1000), 64s (sectors)\n\n` +
-      `Exit codes:\n${codes(EXIT_MEANINGS)}`,
-  );
+  const sizes = "\nSizes: bytes, or 64K, 64M, 64G (x 1024), 64MB (x 1000), 64s (sectors)\n\n";
+  program.addHelpText("after", text(`${sizes}Exit codes:\n${codes(EXIT_MEANINGS)}`));
+  for (const command of [program, ...program.commands]) refuseTwice(command);
   return program;
 }
 
@@ -99,6 +108,19 @@ function unknownVerb(program: Command, verb: string): never {
   return (program as unknown as { unknownCommand(): never }).unknownCommand();
 }
 
+/** Of two values, which one is meant? The last would win, and `del -n 0 -n 1` delete one. */
+function refuseTwice(command: Command): void {
+  for (const option of command.options) {
+    const collects = option.attributeName() === "opt"; // It refuses the same name twice.
+    if (collects || !(option.required || option.optional)) continue;
+    let given = false;
+    command.on(`option:${option.name()}`, () => {
+      if (given) throw new UsageError(`${option.long ?? option.short}: it is given twice`);
+      given = true;
+    });
+  }
+}
+
 function codes(meanings: readonly (readonly [number | string, string])[]): string {
   return meanings.map(([code, meaning]) => `  ${String(code).padEnd(4)}${meaning}`).join("\n");
 }
@@ -109,36 +131,37 @@ function version({ json }: { json?: boolean }): void {
   else print(`ubd ${VERSION} (${runtime}, Linux ${facts.kernel})\n`);
 }
 
-function help(program: Command, verb: string | undefined, { json }: { json?: boolean }): void {
+function help(program: Command, verb?: string): void {
   const command = verb === undefined ? program : program.commands.find((c) => c.name() === verb);
   if (!command) unknownVerb(program, verb!);
-  if (!json) return command.outputHelp();
-  const texts = program.createHelp();
-  const describe = (one: Command): unknown => ({
-    name: one.name(),
-    summary: one.summary() || one.description(),
-    usage: texts.commandUsage(one),
-    description: one.description(),
-    arguments: one.registeredArguments.map((argument) => argument.name()),
-    options: texts.visibleOptions(one).map((option) => ({
+  command.outputHelp();
+}
+
+function describe(command: Command, targetHelp = ""): unknown {
+  const texts = command.createHelp();
+  return {
+    name: command.name(),
+    summary: command.summary() || command.description(),
+    usage: texts.commandUsage(command),
+    description: command.description(),
+    arguments: command.registeredArguments.map((argument) => argument.name()),
+    options: texts.visibleOptions(command).map((option) => ({
       flags: option.flags,
       description: texts.optionDescription(option),
       group: option.helpGroupHeading ?? "Options:",
     })),
+    ...(targetHelp && { target: targetHelp.trim() }),
     exitCodes: [
-      ...new Map([...EXIT_MEANINGS, ...VERB_EXIT_MEANINGS[one.name()] ?? []]),
+      ...new Map([...EXIT_MEANINGS, ...VERB_EXIT_MEANINGS[command.name()] ?? []]),
     ].map(([code, meaning]) => ({ code, meaning })),
-    commands: one.commands.map(describe),
-  });
-  printJson(describe(command));
+    commands: command.commands.map((one) => describe(one)),
+  };
 }
 
 /** `ubd add ./x.ts --help` shows what only the module knows. */
-async function explainTarget(program: Command): Promise<void> {
-  const [verb, ...rest] = process.argv.slice(2);
+async function explainTarget([verb, ...rest]: readonly string[]): Promise<string> {
   const asked = rest.includes("--help") || rest.includes("-h");
-  const add = program.commands.find((command) => command.name() === verb);
-  if (asked && add?.name() === "add") add.addHelpText("after", await targetHelp(rest));
+  return asked && verb === "add" ? await targetHelp(rest) : "";
 }
 
 /** Does what the command line says. @returns the exit code. */
@@ -147,8 +170,7 @@ export async function runProgram(): Promise<number> {
   const json = own.includes("--json");
   onStateFault(tell);
   try {
-    const program = defineProgram();
-    await explainTarget(program);
+    const program = defineProgram(json, await explainTarget(process.argv.slice(2)));
     await program.parseAsync();
     return Number(process.exitCode ?? EXIT.OK);
   } catch (error) {

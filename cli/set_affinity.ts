@@ -57,7 +57,8 @@ async function setAffinity(
     const known = hint[error.errno as keyof typeof hint];
     throw UblkError.from(result, operation, { device: id, ...(known && { hint: known }) });
   }
-  const { affinity } = (await describeDevice(control, id)).queueThreads[queue]!;
+  const { queueThreads: now } = await describeDevice(control, id);
+  const { affinity } = now.find(({ qid }) => qid === queue) ?? { affinity: cpuset };
   if (json) printJson({ id, queue, tid: thread.tid, affinity });
   else tell(`queue ${queue} of device ${id} runs on CPU ${affinity}`);
 }

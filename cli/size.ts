@@ -11,15 +11,22 @@ const CPUS_MAX = 8192;
 
 /** "[0,2]" as `ublk` has it, "0,2", or ranges as the kernel prints them: "0-3,8". */
 export function parseCpus(text: string): number[] {
-  const [, list] = /^\[?\s*([\d\s,-]+?)\s*\]?$/.exec(text.trim()) ?? [];
-  const cpus = list?.split(",").flatMap((part) => {
-    const [, from, to = from] = /^\s*(\d+)(?:-(\d+))?\s*$/.exec(part) ?? [];
+  const trimmed = text.trim();
+  const list = trimmed.startsWith("[") && trimmed.endsWith("]") ? trimmed.slice(1, -1) : trimmed;
+  const changes = new Int32Array(CPUS_MAX + 1);
+  for (const part of list.split(",")) {
+    const [, from, to = from] = /^(\d+)(?:-(\d+))?$/.exec(part.trim()) ?? [];
     const [first, last] = [Number(from), Number(to)];
-    if (from === undefined || last < first || last >= CPUS_MAX) return [NaN];
-    return Array.from({ length: last - first + 1 }, (_, index) => first + index);
-  });
-  if (cpus !== undefined && !cpus.some(Number.isNaN)) return cpus;
-  throw new UsageError(`CPUs "${text}": say [0,2], 0,2 or 0-3; CPUs are below ${CPUS_MAX}`);
+    if (from === undefined || last < first || last >= CPUS_MAX) {
+      throw new UsageError(`CPUs "${text}": say [0,2], 0,2 or 0-3; CPUs are below ${CPUS_MAX}`);
+    }
+    changes[first]!++;
+    changes[last + 1]!--;
+  }
+  let ranges = 0;
+  return Array.from({ length: CPUS_MAX }, (_, cpu) => cpu).filter((cpu) =>
+    (ranges += changes[cpu]!) > 0
+  );
 }
 
 /** The device of a verb that takes one: as its argument, or with -n. */

@@ -35,8 +35,11 @@ export function surviveShutdown(): void {
   const address = Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[ARG_START]);
   try {
     const memory = openSync("/proc/self/mem", "r+");
-    writeSync(memory, Buffer.from("@"), 0, 1, address);
-    closeSync(memory);
+    try {
+      writeSync(memory, Buffer.from("@"), 0, 1, address);
+    } finally {
+      closeSync(memory);
+    }
   } catch (error) {
     const { code = "EIO", message } = error as NodeJS.ErrnoException;
     throw new UblkError({

@@ -96,10 +96,15 @@ function write(path: string, content: string | Uint8Array, mode: number): void {
   changing(path, () => {
     mkdirSync(dirname(path), { recursive: true, mode: 0o755 });
     const temporary = `${path}.${process.pid}`;
-    rmSync(temporary, { force: true });
-    writeFileSync(temporary, content, { flag: "wx", mode });
-    chmodSync(temporary, mode); // The caller's umask may be stricter.
-    renameSync(temporary, path);
+    try {
+      rmSync(temporary, { force: true });
+      writeFileSync(temporary, content, { flag: "wx", mode });
+      chmodSync(temporary, mode); // The caller's umask may be stricter.
+      renameSync(temporary, path);
+    } catch (error) {
+      rmSync(temporary, { force: true });
+      throw error;
+    }
   });
 }
 

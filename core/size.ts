@@ -12,6 +12,9 @@ UNITS.k = UNITS.K!;
 UNITS.kB = UNITS.KB!;
 for (const letter of "mgtp") UNITS[letter] = UNITS[letter.toUpperCase()]!;
 
+/** Of a size or number as it is typed, with room to spare. */
+const LENGTH_MAX = 100;
+
 /**
  * "64M" and "64MiB" are 64 x 1024 x 1024 bytes, "64MB" is 64 million (as in dd and truncate),
  * "2048s" is 2048 sectors of 512 bytes; a bare number is bytes.
@@ -19,7 +22,10 @@ for (const letter of "mgtp") UNITS[letter] = UNITS[letter.toUpperCase()]!;
  * @throws {UsageError} anything else, fractions of a byte, and what is not below 2^53.
  */
 export function parseSize(text: string, what: string): number {
-  const [, digits, unit] = /^(\d+(?:\.\d+)?)\s*([A-Za-z]*)$/.exec(text.trim()) ?? [];
+  // To read thousands of digits takes long.
+  const [, digits, unit] = text.length > LENGTH_MAX
+    ? []
+    : /^(\d+(?:\.\d+)?)\s*([A-Za-z]*)$/.exec(text.trim()) ?? [];
   const factor = unit !== undefined && Object.hasOwn(UNITS, unit) ? UNITS[unit] : undefined;
   if (digits === undefined || factor === undefined) {
     throw new UsageError(

@@ -26,3 +26,17 @@ export function printable(text: string): string {
 export function oneLine(name: string): string {
   return printable(shownPath(name)).replaceAll(/[\t\n]/g, escape);
 }
+
+/** Longest text that is shown whole. */
+const SHOWN_MAX = 2000;
+
+/**
+ * A message that echoes what it was given, however long that is. Its middle goes: what was wrong is
+ * said at the beginning, what to do at the end.
+ */
+export function shorten(text: string): string {
+  if (text.length <= SHOWN_MAX) return text;
+  const [head, tail] = [text.slice(0, SHOWN_MAX / 2), text.slice(-SHOWN_MAX / 4)];
+  const left = text.length - head.length - tail.length;
+  return `${head} [... ${left} more characters ...] ${tail}`.toWellFormed();
+}

@@ -10,7 +10,9 @@ import { release } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
+import { toSpec } from "../../cli/add.ts";
 import { EXIT_MEANINGS } from "../../cli/exit.ts";
+import { defineProgram } from "../../cli/program.ts";
 import { VERSION } from "../../core/version.ts";
 import { runtime } from "../../ffi/mod.ts";
 
@@ -49,10 +51,11 @@ test("a name that is no UTF-8 reaches the file system as it was given", {
 });
 
 /** A mistake: exit 2, nothing on standard output, one reason on standard error. */
-function mistake(args: string[], reason: RegExp | string): void {
+function mistake(args: string[], reason: RegExp | string | ((text: string) => boolean)): void {
   const { code, stdout, stderr } = ubd(...args);
-  const command = `ubd ${args.join(" ")}`;
-  if (typeof reason === "string") assert.strictEqual(stderr, `ubd: ${reason}\n`, command);
+  const command = `ubd ${args.join(" ")}`.slice(0, 200);
+  if (typeof reason === "function") assert.ok(reason(stderr), stderr);
+  else if (typeof reason === "string") assert.strictEqual(stderr, `ubd: ${reason}\n`, command);
   else assert.match(stderr, reason, command);
   assert.doesNotMatch(stderr, /\n\s+at /, `${command} prints a stack`);
   assert.deepStrictEqual({ code, stdout }, { code: 2, stdout: "" }, command);
@@ -98,6 +101,65 @@ test("ubd help --json lists verbs with their options", TIMEOUT, () => {
   }
   assert.strictEqual(JSON.parse(ubd("help", "del", "--json").stdout).name, "del");
 });
+
+test("ubd VERB --help --json is JSON, as ubd help VERB --json", TIMEOUT, () => {
+  for (const words of [["list", "--help", "--json"], ["list", "--json", "-h"]]) {
+    assert.deepStrictEqual(ubd(...words), ubd("help", "list", "--json"));
+  }
+  const all = ubd("help", "--json");
+  assert.deepStrictEqual(ubd("--help", "--json"), all);
+  assert.deepStrictEqual(JSON.parse(ubd("run", "--json", "--help").stdout).name, "run");
+  const memory = JSON.parse(ubd("add", "memory", "--json", "--help").stdout);
+  assert.match(memory.target, /^Options of memory:\n {2}--opt size=SIZE/);
+  const own = ubd("run", "--help", "--", "x", "--json").stdout;
+  assert.match(own, /^Usage: ubd run/);
+});
+
+test("ubd refuses an option that is given twice", TIMEOUT, () => {
+  mistake(["del", "-n", "0", "-n", "1"], "--number: it is given twice");
+  mistake(["list", "--number=0", "-n", "0"], "--number: it is given twice");
+  mistake(["add", "null", "--size", "1M", "--size", "2M"], "--size: it is given twice");
+  mistake(["add", "loop", "/a", "-o", "1", "-o", "2"], "-o: it is given twice");
+  mistake(["add", "null", "--recovery", "--recovery=wait"], "--recovery: it is given twice");
+  mistake(["help", "-t", "a", "-t", "b"], "--type: it is given twice");
+});
+
+test("ubd shortens what it echoes, on standard error and in JSON", TIMEOUT, () => {
+  const long = "x".repeat(100_000);
+  const tried = [["del", long], ["list", `--${long}`], [long], [
+    "add",
+    "loop",
+    "/a",
+    "--size",
+    long,
+  ]];
+  for (const words of tried) {
+    mistake(words, (text) => text.length < 2100 && text.includes(" more characters ...] "));
+  }
+  const { stdout } = ubd("add", "null", "--size", long, "--json");
+  const { message } = JSON.parse(stdout).error;
+  assert.ok(message.length < 2100, `${message.length}`);
+  assert.match(message, /^Size "x+ \[\.\.\. \d+ more characters \.\.\.\] x*": say bytes, or a/);
+});
+
+test(
+  "thousands of options take no longer each, and keep their names",
+  { timeout: 30_000 },
+  async () => {
+    const given: string[] = [];
+    const program = defineProgram();
+    program.commands.find((command) => command.name() === "add")!.action(
+      (target, files, options) => {
+        const { options: own } = toSpec(target, files, options).target.options;
+        given.push(...Object.keys(own as object));
+      },
+    );
+    const names = ["__proto__", "toString", ...Array.from({ length: 30_000 }, (_, at) => `o${at}`)];
+    const words = names.flatMap((name) => ["--opt", `${name}=1`]);
+    await program.parseAsync(["add", "./x.ts", ...words], { from: "user" });
+    assert.deepStrictEqual(given, names);
+  },
+);
 
 test("ubd version prints version, runtime and kernel, in all its spellings", TIMEOUT, () => {
   const line = `ubd ${VERSION} (${runtime}, Linux ${release()})\n`;

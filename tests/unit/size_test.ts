@@ -176,6 +176,25 @@ test("parseCpus takes the lists of ublk, taskset and the kernel", () => {
   }
 });
 
+/** Takes minutes where the time grows with the square of the length. */
+const LONG = 200_000;
+
+test("parseCpus takes no longer for a long list", { timeout: 10_000 }, () => {
+  for (const blank of [" ", "\t", "[", "-", ","]) {
+    assert.throws(() => parseCpus(`${blank.repeat(LONG)}x`), UsageError);
+  }
+  const everything = parseCpus(`${"0-8191,".repeat(LONG)}3`);
+  assert.strictEqual(everything.length, 8192, "each CPU once");
+  assert.deepStrictEqual(parseCpus("3,1-2,2-3,1"), [1, 2, 3]);
+});
+
+test("parseSize and parseInteger take no longer for many digits", { timeout: 10_000 }, () => {
+  for (const text of ["1".repeat(LONG * 10), `0.${"1".repeat(LONG * 10)}K`, "1".repeat(101)]) {
+    assert.throws(() => parseSize(text, "Size"), UsageError);
+    assert.throws(() => parseInteger(text, "Depth"), UsageError);
+  }
+});
+
 test("oneDeviceId wants a device, once", () => {
   assert.strictEqual(oneDeviceId("recover", 3), 3);
   assert.strictEqual(oneDeviceId("recover", undefined, 0), 0);

@@ -2,7 +2,7 @@
 /** Texts of others on their way to a terminal. */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { oneLine, printable } from "../../core/text.ts";
+import { oneLine, printable, shorten } from "../../core/text.ts";
 
 test("printable leaves nothing that moves a cursor or turns a line around", () => {
   const table: [string, string][] = [
@@ -34,4 +34,11 @@ test("oneLine is a line, whatever the name", () => {
     oneLine("a\nubd: all is well\t\x1b"),
     "a\\u000aubd: all is well\\u0009\\u001b",
   );
+});
+
+test("shorten keeps the beginning and the end, and half a character never", () => {
+  assert.strictEqual(shorten("x".repeat(2000)), "x".repeat(2000));
+  const short = shorten(`${"a".repeat(5000)}${"z".repeat(5000)}`);
+  assert.match(short, /^a{1000} \[\.\.\. 8500 more characters \.\.\.\] z{500}$/);
+  for (const pad of ["", "x"]) assert.ok(shorten(pad + "\u{1f600}".repeat(3000)).isWellFormed());
 });
