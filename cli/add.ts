@@ -378,7 +378,9 @@ export async function explainingTaken<T>(
  * name waiting for a server, and was it added with the same, it is taken over, with the files that it
  * was made of.
  */
-async function waitingDevice(spec: ServerSpec): Promise<Pick<ServerSpec, "recover" | "files">> {
+export async function waitingDevice(
+  spec: ServerSpec,
+): Promise<Pick<ServerSpec, "recover" | "files">> {
   const { id } = spec.device;
   if (id < 0 || !spec.recovery) return {};
   using control = await Control.open();

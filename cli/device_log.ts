@@ -31,7 +31,12 @@ import { basename, dirname, join } from "node:path";
 import process from "node:process";
 import { setInterval } from "node:timers";
 import { UblkError } from "../core/error.ts";
-import { makeStateDirectory, stateDirectory } from "../core/state.ts";
+import {
+  hasStateDirectory,
+  makeStateDirectory,
+  removeStateName,
+  stateDirectory,
+} from "../core/state.ts";
 import type { Shim } from "../ffi/mod.ts";
 
 /** The last bytes of a log that are kept, and shown. */
@@ -110,13 +115,15 @@ export function deviceLogRemover(id: number): () => void {
   return () => {
     const now = fileOf(logPath(id));
     if (before && now && before.dev === now.dev && before.ino === now.ino) {
-      rmSync(logPath(id), { force: true });
+      removeStateName(basename(logPath(id)));
     }
   };
 }
 
+/** @returns undefined: there is none, or something else in its place. */
 function fileOf(path: string) {
-  return lstatSync(path, { throwIfNoEntry: false });
+  const stats = hasStateDirectory() ? lstatSync(path, { throwIfNoEntry: false }) : undefined;
+  return stats?.isFile() ? stats : undefined;
 }
 
 /** The text of a log from a position on; no more of it than is kept. */

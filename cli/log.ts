@@ -5,6 +5,7 @@ import { closeSync, constants, fstatSync, openSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Command } from "commander";
 import { UblkError, UsageError } from "../core/error.ts";
+import { hasStateDirectory } from "../core/state.ts";
 import { logPath, readLog } from "./device_log.ts";
 import { print, printJson, printsInVain } from "./output.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
@@ -56,6 +57,7 @@ function open(id: number): number {
   const path = logPath(id);
   const operation = `read ${path}`;
   try {
+    if (!hasStateDirectory()) throw Object.assign(new Error("no directory"), { code: "ENOENT" });
     const fd = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
     if (fstatSync(fd).isFile()) return fd;
     closeSync(fd);

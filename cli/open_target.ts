@@ -132,7 +132,7 @@ async function hasServer(control: Control, id?: number): Promise<UblkError | und
  *
  * @throws {UblkError} EBUSY: such a device has one of these files.
  */
-async function refuseAwaited(
+export async function refuseAwaited(
   control: Control,
   spec: ServerSpec,
   files: readonly BackingFile[],

@@ -131,8 +131,17 @@ export function neverWait(): void {
   for (const stream of [out, err]) stream.neverWait();
 }
 
+type Diversion = (fd: 1 | 2, text: string) => void;
+let diversion: Diversion | undefined;
+
+/** For tests: what is printed goes there instead. */
+export function divertOutput(to: Diversion | undefined): void {
+  diversion = to;
+}
+
 function send(stream: Stream, text: string): void {
-  if (waits) stream.writeNow(text);
+  if (diversion) diversion(stream === out ? 1 : 2, text);
+  else if (waits) stream.writeNow(text);
   else stream.writeLater(text);
 }
 

@@ -164,13 +164,19 @@ async function explainTarget([verb, ...rest]: readonly string[]): Promise<string
   return asked && verb === "add" ? await targetHelp(rest) : "";
 }
 
-/** Does what the command line says. @returns the exit code. */
-export async function runProgram(): Promise<number> {
+/**
+ * Does what the command line says.
+ *
+ * @param alter for tests: changes the program before it reads the line.
+ * @returns the exit code.
+ */
+export async function runProgram(alter?: (program: Command) => void): Promise<number> {
   const own = process.argv.slice(0, process.argv.length - commandOf(process.argv).length);
   const json = own.includes("--json");
   onStateFault(tell);
   try {
     const program = defineProgram(json, await explainTarget(process.argv.slice(2)));
+    alter?.(program);
     await program.parseAsync();
     return Number(process.exitCode ?? EXIT.OK);
   } catch (error) {

@@ -192,7 +192,7 @@ export function makeStateDirectory(): void {
 }
 
 /** Whether the directory is there and to be believed; tells why not. */
-function hasDirectory(): boolean {
+export function hasStateDirectory(): boolean {
   const path = stateDirectory();
   try {
     const stats = look(path);
@@ -211,7 +211,7 @@ export function statePath(id: number): string {
 
 /** @returns the names of all that is in the directory. */
 export function stateNames(): string[] {
-  if (!hasDirectory()) return [];
+  if (!hasStateDirectory()) return [];
   try {
     return readdirSync(stateDirectory());
   } catch (error) {
@@ -256,7 +256,7 @@ export function readState(id: number, mark?: bigint): DeviceState | undefined {
 
 /** As readState. @returns the state, or why what is there is none, or nothing. */
 export function findState(id: number, mark?: bigint): { state?: DeviceState; fault?: string } {
-  if (!hasDirectory()) return {};
+  if (!hasStateDirectory()) return {};
   try {
     const text = readOwn(statePath(id));
     if (text === undefined) return {};
@@ -335,7 +335,7 @@ function isDeep(value: unknown, levels: number): boolean {
  * @throws {UblkError} it cannot be removed.
  */
 export function removeState(id: number, pid?: number): void {
-  if (!hasDirectory() || (pid !== undefined && readState(id)?.pid !== pid)) return;
+  if (!hasStateDirectory() || (pid !== undefined && readState(id)?.pid !== pid)) return;
   removeStateName(`${id}.json`);
 }
 

@@ -54,6 +54,8 @@ export async function fuzz(
   });
   return {
     rounds: details.numRuns,
-    failure: details.failed ? fc.defaultReportMessage(details) : undefined,
+    failure: details.failed
+      ? `${fc.defaultReportMessage(details)}\n${(details.errorInstance as Error)?.stack ?? ""}`
+      : undefined,
   };
 }
