@@ -433,7 +433,8 @@ export function toSpec(
   if (!TARGET_NAMES.includes(name) && !isModule(name) && existsSync(name)) {
     throw new UsageError(`"${name}" is neither target nor module: ubd add loop ${name}`);
   }
-  const defined = isModule(name) || isDefined(name);
+  // "module" is a module's name in specs only.
+  const defined = isModule(name) || isDefined(name) && name !== MODULE_TARGET;
   if (!defined) findTarget(name);
   if (files.length > 0 && options.file !== undefined) {
     throw new UsageError(`Name the file once: "${files[0]}", or -f ${options.file}`);

@@ -50,6 +50,7 @@ import {
 import { Shim } from "../../ffi/mod.ts";
 import type { Fuzzer } from "./fuzzer.ts";
 
+const shim = new Shim();
 const isRoot = process.getuid!() === 0;
 const SCRATCH = mkdtempSync(join(tmpdir(), "ubd-state-fuzz-"));
 process.on("exit", () => rmSync(SCRATCH, { recursive: true, force: true }));
@@ -102,10 +103,9 @@ const device = (id: number): DeviceInfo =>
   }) as DeviceInfo;
 
 const control = {
-  shim: {
-    ...new Shim(),
-    native: { ...new Shim().native, ubd_set_affinity: () => 0 },
-  },
+  shim: Object.assign(Object.create(Shim.prototype), shim, {
+    native: { ...shim.native, ubd_set_affinity: () => 0 },
+  }),
   // Below /sys/class, where deviceIds looks.
   dialect: { ...UBLK, charClass: join("../..", CLASS) },
   features: 0n,
@@ -193,7 +193,7 @@ const S_IFIFO = 0o010000;
 const S_IFSOCK = 0o140000;
 const S_IFCHR = 0o020000;
 const make = (type: number, major = 0, minor = 0): Plant => (path) =>
-  void new Shim().native.ubd_mknod(
+  void shim.native.ubd_mknod(
     new TextEncoder().encode(`${path}\0`),
     type | 0o600,
     major,

@@ -227,6 +227,7 @@ test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT,
     ["add", "nbd"],
     /Unknown target "nbd": there are null, loop, .*, or a module such as .\/x.ts/,
   );
+  mistake(["add", "module"], /^ubd: Unknown target "module"/);
   mistake(["add", "loop"], "Which file? ubd add loop FILE");
   mistake(["add", "null", "--opt", "a=1"], "Target null takes no --opt");
   mistake(["add", "./x.ts", "--opt", "a"], "--opt a: say --opt NAME=VALUE");
