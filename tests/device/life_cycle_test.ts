@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { existsSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { deviceTest, gone, RUNNER, scaled, statePath, until } from "./helpers.ts";
+import { deviceTest, gone, RUNNER, scaled, sleep, statePath, until } from "./helpers.ts";
 
 /** The lines that `ublk` prints and scripts parse. */
 const DUMP = new RegExp(
@@ -183,6 +183,39 @@ deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {
   assert.equal(code, 0, stderr);
   await gone(device);
   scene.forget(device);
+});
+
+deviceTest("--foreground outlives who reads its standard error", {
+  anyKernel: true,
+  everywhere: "deno",
+}, async (scene) => {
+  const file = join(scene.directory, "throws.ts");
+  writeFileSync(
+    file,
+    `import { defineTarget } from "ubd";
+export default defineTarget({ size: 2 ** 20, read({ offset, buffer }) {
+  if (offset >= 8192) throw new Error("told to a reader that is gone");
+  buffer.fill(0);
+} });`,
+  );
+  const job = scene.start([
+    "bash",
+    "-c",
+    `exec 3> out; { ubd add ${file} -n 31 --foreground 2>&1 >&3; echo $? >code; } | ` +
+    "grep --max-count=1 live",
+  ], { cwd: scene.directory });
+  const out = join(scene.directory, "out");
+  assert.ok(await until(() => existsSync(out) && /31/.test(readFileSync(out, "utf8")), 60_000));
+  const device = scene.adopt(readFileSync(out, "utf8"));
+  for (let round = 0; round < 3; round++) {
+    const words = [`if=${device.path}`, "of=/dev/null", "bs=4k", "skip=2", "count=1"];
+    assert.notEqual((await scene.run(["dd", "iflag=direct", ...words])).code, 0);
+    await sleep(200);
+  }
+  assert.match((await scene.ubd("list", "-n", "31")).stdout, /state LIVE/);
+  await scene.del(device);
+  await job.ended;
+  assert.equal(readFileSync(join(scene.directory, "code"), "utf8"), "0\n");
 });
 
 deviceTest("who interrupts an add gets no device, unless it was LIVE by then", {
