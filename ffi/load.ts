@@ -3,17 +3,14 @@
  * Finds and loads the shim, in the same way from source, from an npm package and from inside a
  * compiled executable: it travels as text in shim_binary.ts (made by tools/build_shim.ts).
  *
- * dlopen needs a file. A private temporary file is written, opened and unlinked, and loaded
- * through /proc/self/fd, so that nothing is left behind and nobody can put another file in its
- * place. The next directory is tried when one is missing, full, read-only or mounted noexec;
- * memory (memfd_create) is last, because it needs libc by name.
+ * dlopen needs a file: an anonymous one in memory (memfd_create), loaded through /proc/self/fd. No
+ * directory is involved, so none can be missing, full, read-only or noexec, and nobody who owns one
+ * can put another file in its place.
  * @module
  */
 
-import { closeSync, mkdtempSync, openSync, rmdirSync, unlinkSync, writeFileSync } from "node:fs";
-import { arch, tmpdir } from "node:os";
-import { join } from "node:path";
-import process from "node:process";
+import { closeSync, openSync, writeFileSync } from "node:fs";
+import { arch } from "node:os";
 import { SHIM_PACKED } from "./shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "./symbols.ts";
 
@@ -28,7 +25,7 @@ export interface LoadedShim {
 
 /**
  * @param known `path` of a shim that this process has already loaded.
- * @throws {Error} when no directory lets the shim be loaded; the message lists each attempt.
+ * @throws {Error} when it cannot be loaded.
  */
 export function loadShim(adapter: Adapter, known?: string): LoadedShim {
   if (known !== undefined) return { native: adapter.load(known, SYMBOLS), path: known };
@@ -37,24 +34,17 @@ export function loadShim(adapter: Adapter, known?: string): LoadedShim {
   if (!packed) throw new Error(`Cannot load the ubd shim: none is built for ${arch()}`);
   const bytes = unpack(adapter, packed);
 
-  const attempts: string[] = [];
-  const places = [tmpdir(), "/dev/shm", "/run", "/var/tmp", process.cwd()];
-  for (const place of [...new Set(places), undefined]) {
-    let fd: number | undefined;
-    try {
-      fd = place ? unlinkedFile(place, bytes) : memoryFile(adapter, bytes);
-      const path = `/proc/self/fd/${fd}`;
-      const native = adapter.load(path, SYMBOLS);
-      if (native.ubd_version() !== SHIM_VERSION) {
-        throw new Error(`version ${native.ubd_version()} where ${SHIM_VERSION} is needed: build`);
-      }
-      return { native, path };
-    } catch (error) {
-      attempts.push(`${place ?? "memory"}: ${(error as Error).message}`);
-      if (fd !== undefined) closeSync(fd);
-    }
+  const fd = memoryFile(adapter, bytes);
+  try {
+    const path = `/proc/self/fd/${fd}`;
+    const native = adapter.load(path, SYMBOLS);
+    const version = native.ubd_version();
+    if (version === SHIM_VERSION) return { native, path };
+    throw new Error(`version ${version} where ${SHIM_VERSION} is needed: build`);
+  } catch (error) {
+    closeSync(fd);
+    throw new Error(`Cannot load the ubd shim: ${(error as Error).message}`);
   }
-  throw new Error(`Cannot load the ubd shim (${attempts.join("; ")})`);
 }
 
 /** @param packed one of shim_binary.ts. */
@@ -62,27 +52,20 @@ export function unpack({ inflate }: Adapter, packed: string): Uint8Array {
   return inflate(Buffer.from(packed, "base64"));
 }
 
-function unlinkedFile(place: string, bytes: Uint8Array): number {
-  const directory = mkdtempSync(join(place, ".ubd-"));
-  const file = join(directory, "shim.so");
-  try {
-    writeFileSync(file, bytes, { mode: 0o700, flag: "wx" });
-    return openSync(file, "r");
-  } finally {
-    try {
-      unlinkSync(file);
-    } catch { /* never written */ }
-    rmdirSync(directory);
-  }
-}
+const MFD_CLOEXEC = 1;
+/** A system may insist on it (vm.memfd_noexec); it forbids execve, not dlopen. From Linux 6.3. */
+const MFD_NOEXEC_SEAL = 8;
 
 function memoryFile(adapter: Adapter, bytes: Uint8Array): number {
+  // By any name that begins with "libc.", musl answers too.
   const libc = adapter.load("libc.so.6", {
     memfd_create: { args: ["buffer", "u32"], result: "i32" },
     close: { args: ["i32"], result: "i32" },
   });
-  const closeOnExec = 1;
-  const memory = libc.memfd_create(Buffer.from("ubd-shim\0") as Buffer<ArrayBuffer>, closeOnExec);
+  const name = new TextEncoder().encode("ubd-shim\0");
+  let memory = libc.memfd_create(name, MFD_CLOEXEC | MFD_NOEXEC_SEAL);
+  if (memory < 0) memory = libc.memfd_create(name, MFD_CLOEXEC);
+  if (memory < 0) throw new Error("Cannot load the ubd shim: memfd_create is refused");
   const path = `/proc/self/fd/${memory}`;
   try {
     writeFileSync(path, bytes);

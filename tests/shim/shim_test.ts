@@ -8,16 +8,18 @@
 import assert from "node:assert/strict";
 import { execFileSync, spawn, spawnSync } from "node:child_process";
 import {
-  existsSync,
+  closeSync,
   mkdtempSync,
   readdirSync,
   readFileSync,
   readlinkSync,
   rmSync,
+  statSync,
+  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { arch, tmpdir } from "node:os";
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -45,7 +47,7 @@ import {
   unpackBinary,
 } from "../../ffi/mod.ts";
 import { OWNER_PACKED, SHIM_PACKED } from "../../ffi/shim_binary.ts";
-import { type Adapter, type Native, SYMBOLS } from "../../ffi/symbols.ts";
+import { type Adapter, SYMBOLS } from "../../ffi/symbols.ts";
 
 const { adapter }: { adapter: Adapter } = "Bun" in globalThis
   ? await import("../../ffi/bun.ts")
@@ -579,65 +581,30 @@ for (const [name, machine] of [["x64", 62], ["arm64", 183]] as const) {
   });
 }
 
-/** Where the library of a loaded shim was written, as the kernel remembers the unlinked file. */
-const placeOf = (path: string) => readlinkSync(path).replace(/ \(deleted\)$/, "");
-
-/** Loads a shim with this TMPDIR, which os.tmpdir() reads each time. */
-function loadIn(directory: string): string {
+test("loadShim needs no directory: it loads from memory, also where TMPDIR is no place", () => {
   const saved = process.env.TMPDIR;
-  process.env.TMPDIR = directory;
+  const directory = mkdtempSync(join(tmpdir(), "ubd-load-"));
+  utimesSync(directory, 1, 1);
   try {
-    const loaded = new Shim();
-    assert.strictEqual(loaded.native.ubd_version(), SHIM_VERSION);
-    return placeOf(loaded.path);
+    for (const place of [directory, "/nonexistent", "/dev/null"]) {
+      process.env.TMPDIR = place;
+      const { path, native } = new Shim();
+      assert.strictEqual(native.ubd_version(), SHIM_VERSION);
+      assert.match(readlinkSync(path), /^\/memfd:ubd-shim/);
+    }
+    // Nothing was there for a moment either.
+    assert.strictEqual(statSync(directory).mtimeMs, 1000);
   } finally {
     if (saved === undefined) delete process.env.TMPDIR;
     else process.env.TMPDIR = saved;
-  }
-}
-
-test("loadShim writes into TMPDIR and leaves nothing there", () => {
-  const directory = mkdtempSync(join(tmpdir(), "ubd-load-"));
-  try {
-    assert.ok(loadIn(directory).startsWith(`${directory}/.ubd-`));
-    assert.deepStrictEqual(readdirSync(directory), []);
-  } finally {
     rmSync(directory, { recursive: true });
   }
 });
 
-test("loadShim falls back to /dev/shm where TMPDIR is missing or cannot be written", () => {
-  for (const directory of ["/nonexistent", "/proc", "/dev/null"]) {
-    const place = loadIn(directory);
-    assert.match(place, /^\/dev\/shm\/\.ubd-/, directory);
-    assert.ok(!existsSync(dirname(place)), "something is left behind");
-  }
-});
-
-/** Mounts an empty tmpfs that executes nothing. @returns undefined where that is not allowed. */
-function mountNoexec(): string | undefined {
-  const directory = mkdtempSync(join(tmpdir(), "ubd-noexec-"));
-  try {
-    const args = ["-t", "tmpfs", "-o", "noexec,size=1m", "ubd-test", directory];
-    execFileSync("mount", args, { stdio: "ignore" });
-    return directory;
-  } catch {
-    rmSync(directory, { recursive: true });
-    return undefined;
-  }
-}
-
-/** Lazily: glibc keeps a part of a library mapped that it could not map as a whole. */
-function unmount(directory: string): void {
-  execFileSync("umount", ["--lazy", directory]);
-  rmSync(directory, { recursive: true });
-}
-
-const trial = mountNoexec();
-if (trial) unmount(trial);
+const mayMount = spawnSync("unshare", ["--mount", "true"]).status === 0;
 
 test("a thread that leaves its mounts comes back to them, root and working directory too", {
-  skip: trial ? false : "needs the right to mount a file system",
+  skip: mayMount ? false : "needs the right to mount a file system",
 }, () => {
   const here = () => ["ns/mnt", "root", "cwd"].map((it) => readlinkSync(`/proc/thread-self/${it}`));
   const [before, cwd] = [here(), process.cwd()];
@@ -663,7 +630,7 @@ test("a thread that leaves its mounts comes back to them, root and working direc
 });
 
 test("where a thread has no mounts, what is mounted later is seen, and goes as if nobody looked", {
-  skip: trial ? false : "needs the right to mount a file system",
+  skip: mayMount ? false : "needs the right to mount a file system",
 }, () => {
   const directory = mkdtempSync(join(tmpdir(), "ubd-mount-"));
   const left = new Int32Array(3);
@@ -691,64 +658,42 @@ test("where a thread has no mounts, what is mounted later is seen, and goes as i
   });
 });
 
-test("loadShim falls back where TMPDIR is mounted noexec, and keeps no file open there", {
-  skip: trial ? false : "needs the right to mount a file system",
-}, () => {
-  const directory = mountNoexec()!;
-  try {
-    assert.match(loadIn(directory), /^\/dev\/shm\/\.ubd-/);
-    assert.deepStrictEqual(readdirSync(directory), []);
-    assert.deepStrictEqual(openPaths().filter((path) => path.startsWith(directory)), []);
-  } finally {
-    unmount(directory);
-  }
+test("loadShim says why it cannot load, and keeps no descriptor", () => {
+  const load: Adapter["load"] = (path, table) => {
+    if (path.startsWith("/proc/self/fd/")) throw new Error("failed to map segment");
+    return adapter.load(path, table);
+  };
+  leavesNoDescriptor(() => {
+    const expected = { message: "Cannot load the ubd shim: failed to map segment" };
+    assert.throws(() => loadShim({ ...adapter, load }), expected);
+  });
 });
 
-/** An adapter that refuses the shim wherever `refuses` says so, and notes each attempt. */
-function pickyAdapter(refuses: (place: string) => boolean, attempts: string[]): Adapter {
-  return {
-    ...adapter,
-    load(path, table) {
-      if (path.startsWith("/proc/self/fd/")) {
-        const place = placeOf(path);
-        attempts.push(place.replace(/\/\.ubd-.*$/, ""));
-        if (refuses(place)) throw new Error("failed to map segment");
-      }
-      return adapter.load(path, table);
-    },
+test("loadShim does without a seal that the kernel does not know, and says when all is refused", () => {
+  const asked: number[] = [];
+  const pretend = (known: number): Adapter["load"] => (path, table) => {
+    const library = adapter.load(path, table) as Record<string, (...args: unknown[]) => number>;
+    if (!("memfd_create" in table)) return library as never;
+    const memfd_create = (name: unknown, flags: number) => {
+      asked.push(flags);
+      return flags & ~known ? -1 : library.memfd_create!(name, flags);
+    };
+    return { ...library, close: library.close!, memfd_create } as never;
   };
-}
-
-test("loadShim takes memory when no directory will do", () => {
-  const attempts: string[] = [];
-  const { path, native } = loadShim(pickyAdapter((place) => !/memfd/.test(place), attempts));
-  assert.strictEqual(native.ubd_version(), SHIM_VERSION);
-  assert.match(readlinkSync(path), /^\/memfd:ubd-shim/);
-  assert.strictEqual(attempts[0], tmpdir());
-  assert.match(attempts.at(-1)!, /memfd:ubd-shim/);
-  assert.strictEqual(new Set(attempts).size, attempts.length);
-});
-
-test("loadShim lists each place it tried when none will do, and keeps no descriptor", () => {
-  const refuseAll = () => {
-    const attempts: string[] = [];
-    assert.throws(() => loadShim(pickyAdapter(() => true, attempts)), (error: Error) => {
-      for (const place of [tmpdir(), "/dev/shm", "memory"]) {
-        assert.ok(error.message.includes(`${place}: failed to map segment`), error.message);
-      }
-      return error.message.startsWith("Cannot load the ubd shim (");
-    });
-    assert.ok(attempts.length >= 3);
-  };
-  leavesNoDescriptor(refuseAll);
+  leavesNoDescriptor(() => {
+    const { native, path } = loadShim({ ...adapter, load: pretend(1) });
+    assert.strictEqual(native.ubd_version(), SHIM_VERSION);
+    closeSync(Number(path.split("/").at(-1)));
+    const expected = { message: "Cannot load the ubd shim: memfd_create is refused" };
+    assert.throws(() => loadShim({ ...adapter, load: pretend(0) }), expected);
+  });
+  assert.deepStrictEqual(asked.slice(0, 4), [9, 1, 9, 1]);
 });
 
 test("loadShim refuses a library of another version", () => {
-  const other = { ...adapter, load: () => ({ ubd_version: () => 999 }) as unknown as Native };
-  assert.throws(
-    () => loadShim(other as unknown as Adapter),
-    /version 999 where \d+ is needed/,
-  );
+  const load: Adapter["load"] = (path, table) =>
+    "ubd_version" in table ? { ubd_version: () => 999 } as never : adapter.load(path, table);
+  assert.throws(() => loadShim({ ...adapter, load }), /version 999 where \d+ is needed/);
 });
 
 test("loadShim with a known path loads the same mapping again", () => {
