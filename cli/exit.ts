@@ -5,7 +5,7 @@
  * @module
  */
 
-import { UblkError, type UblkErrorDetails, UsageError } from "../core/error.ts";
+import { plainPaths, UblkError, type UblkErrorDetails, UsageError } from "../core/error.ts";
 import { shorten } from "../core/text.ts";
 import { finishOutput, printJson, tell } from "./output.ts";
 
@@ -64,7 +64,7 @@ const BY_ERRNO: Record<string, number> = {
 };
 
 function exitCode(error: unknown): number {
-  if (error instanceof UsageError) return EXIT.USAGE;
+  if (error instanceof UsageError || (error as Error)?.name === "RuntimeError") return EXIT.USAGE;
   if (!(error instanceof UblkError)) return EXIT.BUG;
   const absent = ["ENOENT", "ENXIO", "ENODEV"].includes(error.errno);
   if (error.operation === "open the control device" && absent) return EXIT.NO_DRIVER;
@@ -91,7 +91,8 @@ export function toFailure(error: unknown): Failure {
   const code = exitCode(error);
   if (code === EXIT.BUG) {
     const detail = error instanceof Error ? error.stack ?? error.message : String(error);
-    return { message: `this is a bug in ubd, please report it: ${detail}`, exitCode: code };
+    const message = `this is a bug in ubd, please report it: ${plainPaths(detail)}`;
+    return { message, exitCode: code };
   }
   const failure = { message: (error as Error).message, exitCode: code };
   return error instanceof UblkError ? { ...failure, ...error.details } : failure;

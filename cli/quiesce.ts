@@ -13,7 +13,8 @@ import { Control, lackError } from "../core/control.ts";
 import { checkpoint } from "../core/checkpoint.ts";
 import { Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
-import { MODULE_TARGET } from "../targets/module.ts";
+import { MODULE_TARGET, type ModuleSpec } from "../targets/module.ts";
+import { checkModule } from "../targets/trust.ts";
 import { show } from "./add.ts";
 import { printJson, tell } from "./output.ts";
 import { filesOf, holdFiles, type Source } from "./backing_files.ts";
@@ -77,6 +78,9 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
     throw new UblkError({ errno: "EBUSY", operation: "upgrade", device: id, hint });
   }
   const next = { ...spec as ServerSpec, recover: id };
+  const { name, options: told } = next.target;
+  // What the new server would refuse is to be known while the old one serves.
+  if (name === MODULE_TARGET) checkModule((told as unknown as ModuleSpec).file);
   const held = holdFiles(control.shim, filesOf(next), await sourceOf(control, id, next));
   await Device.quiesce(control, id);
   checkpoint("quiesced");

@@ -103,6 +103,51 @@ export function fromPlainError(plain: PlainError): Error {
   return plain.error instanceof Error ? plain.error : new Error(String(plain.error));
 }
 
+const FROM_SOURCE = import.meta.url.endsWith("/core/error.ts");
+
+/** Where this program's own code is: in directories of the checkout, or in a bundle. */
+const OWN = FROM_SOURCE
+  ? ["abi", "cli", "core", "ffi", "targets", "testing"].map((it) => pathOf(`../${it}/`))
+  : [pathOf(import.meta.url)];
+
+function pathOf(url: string): string {
+  return decodeURIComponent(new URL(url, import.meta.url).pathname);
+}
+
+/** Names files by their paths, and a bundle, which nobody knows the inside of, by "ubd". */
+export function plainPaths(text: string): string {
+  const plain = text.replaceAll(/\bfile:\/\/(\/[^\s)]*)/g, (url, path) => {
+    try {
+      return decodeURIComponent(path);
+    } catch {
+      return url;
+    }
+  });
+  return FROM_SOURCE ? plain : plain.replaceAll(OWN[0]!, "ubd");
+}
+
+/** Of a frame in Deno's own code, or Bun's. */
+const RUNTIME_PLACE = /^(ext|internal|node:internal)[:/]/;
+
+/**
+ * What was thrown, which may be anything, with the frames of its stack that are its author's.
+ * Never throws.
+ */
+export function describeThrown(error: unknown): string {
+  try {
+    const text = error instanceof Error ? String(error.stack ?? error.message) : String(error);
+    const own = FROM_SOURCE ? OWN : ["ubd:"];
+    const isForeign = (line: string) => {
+      if (!/^\s+at /.test(line)) return false;
+      const [place = ""] = /[^\s(]*$/.exec(line) ?? [];
+      return own.some((path) => place.startsWith(path)) || RUNTIME_PLACE.test(place);
+    };
+    return plainPaths(text).split("\n").filter((line) => !isForeign(line)).join("\n");
+  } catch {
+    return `a ${typeof error} that cannot be shown`;
+  }
+}
+
 const UNPRIVILEGED = "run as root; or, for devices of your own, once: sudo ubd udev install, " +
   "then: ubd add --unprivileged";
 

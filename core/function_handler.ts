@@ -29,8 +29,7 @@ import type {
   WriteRequest,
   ZeroRequest,
 } from "./define_target.ts";
-import { UblkError } from "./error.ts";
-import { describeThrown } from "./log.ts";
+import { describeThrown, UblkError } from "./error.ts";
 import { type Queue, SECTOR_BYTES } from "./queue.ts";
 import type { RequestHandler, ServeContext } from "./target.ts";
 

@@ -15,9 +15,16 @@
  * @module
  */
 
+import { Buffer } from "node:buffer";
 import { readFileSync, readlinkSync, writeFileSync } from "node:fs";
 import process from "node:process";
-import { canLockMemory, restfulEnvironment, runtime, type Shim } from "../ffi/mod.ts";
+import {
+  canLockMemory,
+  rerunArguments,
+  restfulEnvironment,
+  runtime,
+  type Shim,
+} from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
 
 /** Names this thread's mount namespace; the main thread's children are born in it. */
@@ -70,7 +77,11 @@ export function asFlusher<T>(shim: Shim, start: () => T): T {
 export function becomeFlusher(shim: Shim, kept: readonly number[] = []): void {
   if (shim.native.ubd_io_flusher(1) !== 0) return;
   const bytes = (text: string) => new TextEncoder().encode(`${text}\0`);
-  const words = readFileSync("/proc/self/cmdline");
+  const own = bytes([process.execPath, ...rerunArguments()].join("\0"));
+  const given = readFileSync("/proc/self/cmdline");
+  // As bytes: a name of a file may be no text.
+  const from = process.argv.slice(2).reduce((at) => given.lastIndexOf(0, at - 2) + 1, given.length);
+  const words = Buffer.concat([own, given.subarray(from)]);
   const settings = Object.entries({ ...process.env, ...restfulEnvironment })
     .map(([name, value]) => `${name}=${value}`);
   const environment = bytes(settings.join("\0"));

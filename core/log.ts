@@ -54,12 +54,3 @@ export function limited(log: Log, now: () => number = () => performance.now()): 
     return log(notes ? `${text} (${notes})` : text);
   });
 }
-
-/** What was thrown may be anything, and nothing of it may throw again. */
-export function describeThrown(error: unknown): string {
-  try {
-    return error instanceof Error ? String(error.stack ?? error.message) : String(error);
-  } catch {
-    return `a ${typeof error} that cannot be shown`;
-  }
-}

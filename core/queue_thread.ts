@@ -17,9 +17,15 @@ import { readFileSync } from "node:fs";
 import { URL } from "node:url";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { type QueueConfig, Shim } from "../ffi/mod.ts";
-import { fromPlainError, type PlainError, toPlainError, UblkError } from "./error.ts";
+import {
+  describeThrown,
+  fromPlainError,
+  type PlainError,
+  toPlainError,
+  UblkError,
+} from "./error.ts";
 import { GapQueue, type Gaps, refusing } from "./gaps.ts";
-import { describeThrown, limited, type Log } from "./log.ts";
+import { limited, type Log } from "./log.ts";
 import { Queue, SECTOR_BYTES } from "./queue.ts";
 import { emptyStats } from "./stats.ts";
 import type {

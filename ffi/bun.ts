@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 /** Bun's side of the FFI. The import is dynamic, so that bundles also load under Deno. @module */
 
+import { realpathSync } from "node:fs";
+import { pathToFileURL } from "node:url";
 import type { Adapter, Native, NativeFunction } from "./symbols.ts";
 
 const { dlopen, toArrayBuffer } = await import("bun:ffi");
@@ -10,11 +12,16 @@ const TYPE_NAMES = { u32: "u32", i32: "i32", f64: "f64", buffer: "ptr" } as cons
 export const adapter: Adapter = {
   runtime: `Bun ${process.versions.bun}`,
   canLockMemory: true,
-  // Else the main thread wakes every few seconds to look at its heap.
-  restfulEnvironment: { BUN_GC_TIMER_DISABLE: "1" },
+  restfulEnvironment: {
+    // Else the main thread wakes every few seconds to look at its heap.
+    BUN_GC_TIMER_DISABLE: "1",
+    // Else modules come from $HOME/.bun or XDG_CACHE_HOME, compiled there by whoever it was.
+    BUN_RUNTIME_TRANSPILER_CACHE_PATH: "0",
+  },
 
   rerunArguments() {
-    return import.meta.url.includes("/$bunfs/") ? [] : [process.argv[1]!];
+    if (import.meta.url.includes("/$bunfs/")) return [];
+    return [...process.execArgv, process.argv[1]!]; // Without the directory's settings, again.
   },
 
   // Loading node:zlib takes as long as starting Bun.
@@ -30,6 +37,11 @@ export const adapter: Adapter = {
 
   view(address, sizeBytes) {
     return toArrayBuffer(address as Parameters<typeof toArrayBuffer>[0], 0, sizeBytes);
+  },
+
+  specifierOf(file) {
+    // Bun 1.4.5 takes the one for the beginning of a query, the other for a slash.
+    return /[?\\]/.test(realpathSync(file)) ? undefined : pathToFileURL(file).href;
   },
 
   provideLibrary(modules) {

@@ -1,22 +1,40 @@
 // SPDX-License-Identifier: MIT
 /** Deno's side of the FFI. @module */
 
+import { readFileSync } from "node:fs";
 import process from "node:process";
+import { pathToFileURL } from "node:url";
+import { isMainThread } from "node:worker_threads";
 import type { Adapter, Native, NativeFunction } from "./symbols.ts";
 
 // Dynamic: what is imported at the top, a bundle loads under Bun too.
 const { inflateRawSync } = await import("node:zlib");
 
-/** So that a module the server loads can import "ubd": from source, or from dist/cli.js. */
+const FROM_SOURCE = import.meta.url.endsWith("/ffi/deno.ts");
+
+/** What a module that ubd loads may import, and where it is: from source, or beside dist/cli.js. */
 function importMap(): string {
-  const fromSource = import.meta.url.endsWith("/ffi/deno.ts");
   const at = (path: string) => new URL(path, import.meta.url).href;
   const imports = {
-    ubd: at(fromSource ? "../mod.ts" : "./mod.js"),
-    "ubd/testing": at(fromSource ? "../testing/mod.ts" : "./testing.js"),
+    ubd: at(FROM_SOURCE ? "../mod.ts" : "./mod.js"),
+    "ubd/testing": at(FROM_SOURCE ? "../testing/mod.ts" : "./testing.js"),
   };
-  const map = JSON.stringify({ imports });
-  return `data:application/json,${encodeURIComponent(map)}`;
+  return `data:application/json,${encodeURIComponent(JSON.stringify({ imports }))}`;
+}
+
+/**
+ * Deno resolves names before it runs anything: they are to be known from the start. From source,
+ * deno.json has them.
+ */
+function hasLibrary(): boolean {
+  return FROM_SOURCE || readFileSync("/proc/self/cmdline", "utf8").includes(importMap());
+}
+
+function rerunArguments(): string[] {
+  if (Deno.build.standalone) return [];
+  // Packages are looked for where each module is, as elsewhere; a project need not say so.
+  const packages = "--node-modules-dir=manual";
+  return ["run", "-A", "-q", packages, `--import-map=${importMap()}`, process.argv[1]!];
 }
 
 export const adapter: Adapter = {
@@ -24,10 +42,7 @@ export const adapter: Adapter = {
   canLockMemory: false,
   restfulEnvironment: {},
 
-  rerunArguments() {
-    if (Deno.build.standalone) return [];
-    return ["run", "-A", "-q", `--import-map=${importMap()}`, process.argv[1]!];
-  },
+  rerunArguments,
 
   inflate: (bytes) => inflateRawSync(bytes),
 
@@ -46,8 +61,13 @@ export const adapter: Adapter = {
     return Deno.UnsafePointerView.getArrayBuffer(pointer, sizeBytes);
   },
 
+  specifierOf: (file) => pathToFileURL(file).href,
+
   provideLibrary() {
-    // rerunArguments has: Deno resolves names before it runs anything.
+    if (!isMainThread || Deno.build.standalone || hasLibrary()) return;
+    const args = [...rerunArguments(), ...Deno.args];
+    const stdio = { stdin: "inherit", stdout: "inherit", stderr: "inherit" } as const;
+    Deno.exit(new Deno.Command(Deno.execPath(), { args, ...stdio }).outputSync().code);
   },
 
   watch({ path, native }, signalled) {

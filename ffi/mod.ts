@@ -15,9 +15,11 @@ import type { Adapter, Native, Watch } from "./symbols.ts";
 
 const { adapter }: { adapter: Adapter } = "Bun" in globalThis
   ? await import("./bun.ts")
-  : await import("./deno.ts");
+  : "Deno" in globalThis
+  ? await import("./deno.ts")
+  : await import("./none.ts");
 
-/** Name and version of the runtime, such as "Bun 1.4.5". */
+/** Name and version of the runtime, such as "Bun 1.4.5"; one that cannot serve says so. */
 export const runtime: string = adapter.runtime;
 
 /** Whether this runtime bears mlockall. */
@@ -28,6 +30,9 @@ export const restfulEnvironment: Adapter["restfulEnvironment"] = adapter.restful
 
 /** Arguments that make process.execPath run this program again. */
 export const rerunArguments: () => string[] = adapter.rerunArguments;
+
+/** What imports this file: see Adapter. */
+export const specifierOf: Adapter["specifierOf"] = adapter.specifierOf;
 
 /** Lets modules loaded from now on import this library by its names. */
 export const provideLibrary: Adapter["provideLibrary"] = adapter.provideLibrary;

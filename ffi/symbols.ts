@@ -76,7 +76,7 @@ export interface Adapter {
   readonly runtime: string;
   /** Whether it runs in memory that is locked: V8 ends when the kernel refuses to drop pages. */
   readonly canLockMemory: boolean;
-  /** Environment in which a process that has nothing to do does nothing. */
+  /** A server's: in it, a process that has nothing to do does nothing, and believes no cache. */
   readonly restfulEnvironment: Readonly<Record<string, string>>;
   /** What to put behind process.execPath to start this program again; empty when compiled. */
   rerunArguments(): string[];
@@ -86,6 +86,8 @@ export interface Adapter {
   load<Table extends Record<string, NativeFunction>>(path: string, table: Table): Native<Table>;
   /** A view of native memory, no copy. The caller knows how long the memory lives. */
   view(address: number, sizeBytes: number): ArrayBuffer;
+  /** What imports this file; undefined: the runtime cannot load a module by such a path. */
+  specifierOf(file: string): string | undefined;
   /** Lets modules loaded from now on import these by their names, if nothing else does. */
   provideLibrary(modules: Record<string, () => Promise<object>>): void;
   /** Makes an eventfd and calls `signalled` on the event loop whenever it has been written. */

@@ -47,7 +47,8 @@ for (const [name, command] of Object.entries(RUNTIMES)) {
 deviceTest("ubd add ./file.ts: a module, its options and its mistakes", {
   anyKernel: true,
 }, async (scene) => {
-  const disk = await scene.add(EXAMPLE);
+  // Of the scene's own: the checkout may be another user's, whose modules root does not run.
+  const disk = await scene.add(moduleFile(scene, "memory.ts", readFileSync(EXAMPLE, "utf8")));
   await scene.sh(`mkfs.ext4 -q ${disk.path}`);
   await scene.del(disk);
 

@@ -12,6 +12,7 @@ import { Buffer } from "node:buffer";
 import { execFileSync, spawnSync } from "node:child_process";
 import {
   copyFileSync,
+  cpSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
@@ -19,7 +20,6 @@ import {
   readFileSync,
   rmSync,
   statSync,
-  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { tmpdir } from "node:os";
@@ -71,23 +71,23 @@ before(() => {
   output(installed, "bun", ["add", tarball], npm);
 });
 
-test(
-  "the package holds the bundles and the sources of the library, and nothing else",
-  OPTIONS,
-  () => {
-    const files = output(scratch, "tar", ["-tzf", tarball]).trimEnd().split("\n").sort();
-    assert.ok(files.includes("package/dist/cli.js") && files.includes("package/dist/mod.js"));
-    assert.ok(files.includes("package/mod.ts") && files.includes("package/ffi/shim_binary.ts"));
-    assert.ok(files.includes("package/systemd/ubd@.service"));
-    assert.ok(files.includes("package/LICENSE") && files.includes("package/package.json"));
-    const known =
-      /^package\/((abi|core|ffi|targets|testing)\/\w+\.ts|mod\.ts|dist\/(cli|mod|testing)\.js|systemd\/ubd@\.service|package\.json|LICENSE|README\.md|CHANGELOG\.md)$/;
-    assert.deepStrictEqual(files.filter((file) => !known.test(file)), []);
-  },
-);
+test("the package holds the bundles, their types, and nothing else", OPTIONS, () => {
+  const files = output(scratch, "tar", ["-tzf", tarball]).trimEnd().split("\n").sort();
+  for (
+    const file of ["cli.js", "mod.js", "testing.js", "types/mod.d.ts", "types/testing/mod.d.ts"]
+  ) {
+    assert.ok(files.includes(`package/dist/${file}`), file);
+  }
+  for (const file of ["LICENSE", "SECURITY.md", "package.json", "systemd/ubd@.service"]) {
+    assert.ok(files.includes(`package/${file}`), file);
+  }
+  const known =
+    /^package\/(dist\/((cli|mod|testing)\.js|types\/(\w+\/)?\w+\.d\.ts)|systemd\/ubd@\.service|package\.json|LICENSE|(README|CHANGELOG|SECURITY)\.md)$/;
+  assert.deepStrictEqual(files.filter((file) => !known.test(file)), []);
+});
 
 test(
-  "the package is smaller than 1 MiB, unpacked 1.5 MiB, and names no path of this machine",
+  "the package is smaller than 1 MiB, unpacked too, and names no path of this machine",
   OPTIONS,
   () => {
     assert.ok(statSync(tarball).size < 1024 ** 2);
@@ -102,7 +102,7 @@ test(
       assert.ok(!text.includes(ROOT), `${name} names ${ROOT}`);
       assert.doesNotMatch(text, /BEGIN [A-Z ]*PRIVATE KEY|\b(npm|ghp|github_pat)_[A-Za-z0-9]{30}/);
     }
-    assert.ok(bytes > 100_000 && bytes < 1.5 * 1024 ** 2, `${bytes} bytes`);
+    assert.ok(bytes > 100_000 && bytes < 1024 ** 2, `${bytes} bytes`);
   },
 );
 
@@ -131,7 +131,7 @@ test("the installed package's program runs under Deno", OPTIONS, () => {
 });
 
 for (const [runtime, args] of [["bun", []], ["deno", ["run", "-A", "-q"]]] as const) {
-  test(`import("ubd") works under ${runtime}, and its types' file is there`, OPTIONS, () => {
+  test(`import("ubd") works under ${runtime}, and all it exports is there`, OPTIONS, () => {
     writeFileSync(
       join(installed, "import.mjs"),
       'const ubd = await import("ubd");\n' +
@@ -143,7 +143,6 @@ for (const [runtime, args] of [["bun", []], ["deno", ["run", "-A", "-q"]]] as co
     for (const name of some) {
       assert.ok(names.includes(name), name);
     }
-    assert.ok(existsSync(join(installed, "node_modules/ubd/mod.ts")));
   });
 
   test(`a target is tested with import("ubd/testing") under ${runtime}`, OPTIONS, () => {
@@ -160,57 +159,147 @@ for (const [runtime, args] of [["bun", []], ["deno", ["run", "-A", "-q"]]] as co
     const [byte, missing] = JSON.parse(output(installed, runtime, [...args, "testing.mjs"]));
     assert.strictEqual(byte, 1);
     assert.match(missing, /^checkAgainstModel needs the package fast-check: install it/);
-    assert.ok(existsSync(join(installed, "node_modules/ubd/testing/mod.ts")));
   });
 }
 
-for (
-  const [form, command] of Object.entries({
-    "the executable": [join(ROOT, "dist", "ubd")],
-    "Bun": ["bun", join(ROOT, "dist", "cli.js")],
-    "Deno": ["deno", "run", "-A", "-q", join(ROOT, "dist", "cli.js")],
-  })
-) {
-  test(`a module that ${form} serves may import "ubd/testing", installed or not`, OPTIONS, () => {
-    const cwd = directory(`module of ${form}`);
-    writeFileSync(
-      join(cwd, "x.ts"),
-      `import { defineTarget } from "ubd";
-       import { openForTesting } from "ubd/testing";
-       const options = { a: { type: "string", default: typeof openForTesting } } as const;
-       export default defineTarget({ options, open: () => ({ size: 512, read() {} }) });`,
-    );
-    const [program, ...args] = [...command, "add", "./x.ts", "--help"];
-    assert.match(output(cwd, program!, args), /--opt a=STRING +\(default: function\)/);
-  });
+/** As a strict project of a user has it; the strictest that tsc has. */
+const STRICT = [
+  ...["noEmit", "strict", "exactOptionalPropertyTypes", "noUncheckedIndexedAccess"],
+  ...["noImplicitOverride", "noPropertyAccessFromIndexSignature", "noImplicitReturns"],
+  ...["noUnusedLocals", "noUnusedParameters", "noFallthroughCasesInSwitch", "isolatedModules"],
+  ...["verbatimModuleSyntax", "noUncheckedSideEffectImports"],
+].map((name) => `--${name}`);
+
+const TYPED = `
+import { type BlockDevice, createDevice, defineTarget, fault, httpTarget, UblkError } from "ubd";
+import { checkAgainstModel, openForTesting } from "ubd/testing";
+
+const disk = new Uint8Array(1024 ** 2);
+export const target = defineTarget({
+  options: { size: { type: "size", default: "1M" }, label: { type: "string" } },
+  open({ size, label }) {
+    const device: BlockDevice = {
+      size: size + (label?.length ?? 0),
+      read: ({ offset, length, buffer }) => buffer.set(disk.subarray(offset, offset + length)),
+      write: ({ offset, buffer, fua }) => {
+        disk.set(buffer, offset);
+        return fua ? buffer.length : undefined;
+      },
+    };
+    return fault(device, {});
+  },
+});
+
+export async function main(): Promise<void> {
+  try {
+    await using device = await createDevice(target, { options: { size: "1M" } });
+    console.log(device.path, device.stats());
+  } catch (error) {
+    if (error instanceof UblkError) console.log(error.errno);
+  }
+  // @ts-expect-error a device's size is a number
+  defineTarget({ size: "1M", read() {} });
+  await using tested = await openForTesting(httpTarget);
+  const bytes: Uint8Array = await tested.read(0, 512);
+  await checkAgainstModel(target, { runs: bytes.length });
 }
+`;
+test("the types are right for tsc, whatever its modules, and for deno check", OPTIONS, () => {
+  const cwd = directory("typed");
+  writeFileSync(join(cwd, "package.json"), '{"name":"user","private":true,"type":"module"}');
+  cpSync(join(installed, "node_modules"), join(cwd, "node_modules"), { recursive: true });
+  writeFileSync(join(cwd, "typed.ts"), TYPED);
+  const modules = [["node16"], ["nodenext"], ["esnext", "--moduleResolution", "bundler"]];
+  for (const module of modules) {
+    // Of the libraries, the oldest target that has what the code itself needs.
+    const args = [
+      ...STRICT,
+      "--skipLibCheck",
+      "false",
+      "--target",
+      "es2022",
+      "--module",
+      ...module,
+    ];
+    const options = { cwd, encoding: "utf8", env: { ...process.env, PATH } } as const;
+    const { status, stdout } = spawnSync("tsc", [...args, "typed.ts"], options);
+    assert.deepStrictEqual([status, stdout], [0, ""], args.join(" "));
+  }
+  output(cwd, "deno", ["check", "-q", "typed.ts"]);
+});
+
+test(
+  "under Node.js, targets can be defined; what needs the kernel says what it needs",
+  OPTIONS,
+  () => {
+    writeFileSync(
+      join(installed, "node.mjs"),
+      'import { createDevice, defineTarget, UsageError } from "ubd";\n' +
+        'import { openForTesting } from "ubd/testing";\n' +
+        "const target = defineTarget({ size: 4096, read() {} });\n" +
+        "const told = [typeof UsageError];\n" +
+        "for (const start of [createDevice, openForTesting]) {\n" +
+        "  await start(target).catch((error) => told.push(error.message));\n" +
+        "}\n" +
+        "console.log(JSON.stringify(told));\n",
+    );
+    const [type, ...told] = JSON.parse(output(installed, "node", ["node.mjs"]));
+    assert.strictEqual(type, "function");
+    assert.strictEqual(told.length, 2);
+    const needed =
+      /ubd needs Bun 1\.4 or Deno 2\.9, and this is Node\.js \d\S+: .*"bun test", "deno/;
+    for (const message of told) assert.match(message, needed);
+
+    writeFileSync(
+      join(installed, "uncaught.mjs"),
+      `import { createDevice, defineTarget } from "ubd";
+    await createDevice(defineTarget({ size: 4096, read() {} }));`,
+    );
+    for (const args of [["uncaught.mjs"], ["node_modules/ubd/dist/cli.js", "list"]]) {
+      const options = { cwd: installed, encoding: "utf8", env: { ...process.env, PATH } } as const;
+      const { status, stderr } = spawnSync("node", args, options);
+      assert.ok(status === 1 || status === 2, `${status}`);
+      assert.match(stderr, needed);
+      assert.doesNotMatch(stderr, /this is a bug/);
+      assert.ok(stderr.length < 2000, `${stderr.length} characters`);
+    }
+  },
+);
 
 /** A directory whose settings make a careless Bun program run code and take its environment. */
 function hostileDirectory(name: string) {
   const cwd = directory(name);
-  const [marker, temporary] = [join(cwd, "marker"), join(cwd, "evil-tmp")];
-  mkdirSync(temporary);
-  utimesSync(temporary, 1, 1);
-  writeFileSync(join(cwd, ".env"), `TMPDIR=${temporary}\n`);
-  writeFileSync(join(cwd, "bunfig.toml"), 'preload = ["./evil.ts"]\n');
+  const marking = (mark: string) =>
+    `require("fs").writeFileSync(${JSON.stringify(join(cwd, mark))}, "");\nmodule.exports = {};\n`;
+  writeFileSync(join(cwd, "bunfig.toml"), 'preload = ["./preload.cjs"]\n');
+  writeFileSync(join(cwd, "preload.cjs"), marking("mark of bunfig.toml"));
+  const paths = { "not-installed": ["./path.cjs"] };
+  writeFileSync(join(cwd, "tsconfig.json"), JSON.stringify({ compilerOptions: { paths } }));
+  writeFileSync(join(cwd, "path.cjs"), marking("mark of tsconfig.json"));
+  writeFileSync(join(cwd, ".env"), "UBD_SETTING=dirty\n");
   writeFileSync(
-    join(cwd, "evil.ts"),
-    `import { writeFileSync } from "node:fs";\nwriteFileSync(${JSON.stringify(marker)}, "");\n`,
+    join(cwd, "x.ts"),
+    `await import("not-installed").catch(() => {});
+     const options = { a: { type: "string", default: process.env.UBD_SETTING ?? "clean" } };
+     export default { options, open() {} };`,
   );
   return {
     cwd,
-    ranCode: () => existsSync(marker),
-    // Loading the shim makes a directory in TMPDIR, and removes it.
-    tookEnvironment: () => statSync(temporary).mtimeMs !== 1000,
+    /** What of it had an effect on this program. */
+    effects(command: string, ...args: string[]): string[] {
+      const shown = output(cwd, command, [...args, "add", "./x.ts", "--help"]);
+      const marks = readdirSync(cwd).filter((file) => file.startsWith("mark of ")).sort();
+      return /--opt a=STRING +\(default: clean\)/.test(shown) ? marks : [".env", ...marks];
+    },
   };
 }
 
 /** Loads the shim and looks for devices: exit 0, or 6 without a driver. */
-function list(cwd: string, command: string, args: string[]): void {
-  const env: NodeJS.ProcessEnv = { ...process.env, PATH };
-  delete env.TMPDIR;
-  const { status } = spawnSync(command, [...args, "list"], { cwd, env, stdio: "ignore" });
-  assert.ok(status === 0 || status === 6, `exit ${status}`);
+function list(cwd: string, command: string, args: string[], more: NodeJS.ProcessEnv = {}): void {
+  const env: NodeJS.ProcessEnv = { ...process.env, PATH, ...more };
+  const options = { cwd, env, encoding: "utf8" } as const;
+  const { status, stderr } = spawnSync(command, [...args, "list"], options);
+  assert.ok(status === 0 || status === 6, `exit ${status}: ${stderr}`);
 }
 
 test("dist/ubd, copied alone into an empty directory, runs", OPTIONS, () => {
@@ -224,16 +313,45 @@ test("dist/ubd, copied alone into an empty directory, runs", OPTIONS, () => {
   assert.deepStrictEqual(readdirSync(cwd), ["ubd"]);
 });
 
-test("dist/ubd neither runs a bunfig.toml's preload nor takes a .env's settings", OPTIONS, () => {
-  const hostile = hostileDirectory("hostile");
-  list(hostile.cwd, join(ROOT, "dist", "ubd"), []);
-  assert.deepStrictEqual([hostile.ranCode(), hostile.tookEnvironment()], [false, false]);
-});
+for (const program of ["dist/ubd", "dist/cli.js"]) {
+  test(`${program} takes nothing of the directory that it is started in`, OPTIONS, () => {
+    const hostile = hostileDirectory(`hostile ${program.replace("/", " ")}`);
+    assert.deepStrictEqual(hostile.effects(join(ROOT, program)), []);
+  });
+}
 
 test("the trap above works: Bun itself, started there, walks into it", OPTIONS, () => {
   const hostile = hostileDirectory("control");
-  list(hostile.cwd, "bun", [join(ROOT, "dist", "cli.js")]);
-  assert.deepStrictEqual([hostile.ranCode(), hostile.tookEnvironment()], [true, true]);
+  assert.deepStrictEqual(
+    hostile.effects("bun", join(ROOT, "dist", "cli.js")),
+    [".env", "mark of bunfig.toml", "mark of tsconfig.json"],
+  );
+});
+
+test("dist/ubd takes no orders for its runtime from the environment", OPTIONS, () => {
+  const cwd = directory("environment");
+  const mark = join(cwd, "mark");
+  const evil = join(cwd, "evil.cjs");
+  writeFileSync(evil, `require("fs").writeFileSync(${JSON.stringify(mark)}, "");`);
+  const orders = {
+    BUN_OPTIONS: `--preload=${evil}`,
+    BUN_BE_BUN: "1",
+    BUN_INSPECT: "ws://127.0.0.1:0/ubd?break=1",
+    BUN_INSPECT_PRELOAD: evil,
+    BUN_BYTECODE_DIGEST_OUT: mark,
+    BUN_BYTECODE_ORDER_NAMES_OUT: mark,
+    BUN_BYTECODE_ORDER_OUT: mark,
+    NODE_OPTIONS: `--require=${evil}`,
+  };
+  for (const [name, value] of Object.entries(orders)) {
+    list(cwd, join(ROOT, "dist", "ubd"), [], { [name]: value });
+    assert.ok(!existsSync(mark), name);
+  }
+  // The same runtime, as it is compiled by default, obeys the first two.
+  writeFileSync(join(cwd, "plain.js"), "");
+  output(cwd, "bun", ["build", "--compile", "plain.js", "--outfile", "plain"]);
+  output(cwd, join(cwd, "plain"), [], { BUN_OPTIONS: orders.BUN_OPTIONS });
+  assert.ok(existsSync(mark), "the trap works");
 });
 
 interface DenoPayload {

@@ -5,7 +5,7 @@ import { test } from "node:test";
 import { ERRNO } from "../../abi/errno.ts";
 import { EXIT, EXIT_MEANINGS, ReportedError, toFailure } from "../../cli/exit.ts";
 import { assert as invariant, AssertionError } from "../../core/assert.ts";
-import { UblkError, UsageError } from "../../core/error.ts";
+import { describeThrown, plainPaths, UblkError, UsageError } from "../../core/error.ts";
 
 test("UblkError says action, device, errno with its text, and what to do", () => {
   const error = new UblkError({ errno: "EEXIST", operation: "ADD_DEV", device: 3 });
@@ -155,4 +155,25 @@ test("assert throws an AssertionError with its literal, only when the condition 
     return error instanceof AssertionError && error.name === "AssertionError" &&
       error.message === "a queue runs once";
   });
+});
+
+test("plainPaths names files by their paths", () => {
+  assert.strictEqual(plainPaths("at f (file:///tmp/a%20b%3F.ts:1:2)"), "at f (/tmp/a b?.ts:1:2)");
+  assert.strictEqual(plainPaths("see file:///tmp/%zz"), "see file:///tmp/%zz");
+});
+
+test("describeThrown keeps the frames of a target's author, and shows whatever was thrown", () => {
+  const error = new TypeError("too deep");
+  const own = new URL("../../core/queue.ts", import.meta.url).href;
+  error.stack = "TypeError: too deep\n    at read (file:///home/a/x.ts:2:9)\n" +
+    `    at turn (${own}:5:6)\n    at async ${own}:7:8\n    at ext:core/01_core.js:1:1\n` +
+    "    at /home/a/ubd/y.ts:3:1";
+  assert.strictEqual(
+    describeThrown(error),
+    "TypeError: too deep\n    at read (/home/a/x.ts:2:9)\n    at /home/a/ubd/y.ts:3:1",
+  );
+  assert.match(describeThrown(new Error("here")), /^Error: here\n +at .*error_test\.ts:\d+/);
+  assert.strictEqual(describeThrown(null), "null");
+  assert.strictEqual(describeThrown("text"), "text");
+  assert.strictEqual(describeThrown(Object.create(null)), "a object that cannot be shown");
 });

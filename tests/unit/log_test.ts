@@ -2,7 +2,8 @@
 /** core/log.ts: what is told, and that telling harms nobody. */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { describeThrown, harmless, limited } from "../../core/log.ts";
+import { describeThrown } from "../../core/error.ts";
+import { harmless, limited } from "../../core/log.ts";
 
 const collect = (now?: () => number) => {
   const lines: string[] = [];
