@@ -10,7 +10,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
-import { UBD_V2 } from "../../abi/dialect.ts";
+import { type Dialect, UBD_V2 } from "../../abi/dialect.ts";
 import {
   UBLK_F_UNPRIVILEGED_DEV,
   UBLK_F_URING_CMD_COMP_IN_TASK,
@@ -358,4 +358,15 @@ test("a worker of the kernel's has a control command from the start", TIMEOUT, (
   } finally {
     rmSync(directory, { recursive: true });
   }
+});
+
+test("nothing is asked of a device that is deleted, and still open", TIMEOUT, async () => {
+  const driver = new PlayedV2();
+  // As sysfs has a class whose devices are all others.
+  const dialect = { ...UBD_V2, charClass: "mem", charName: () => "none" } as unknown as Dialect;
+  using control = await Control.open(driver, dialect);
+  for (const command of ["getDeviceInfo", "stopDevice", "deleteDevice"] as const) {
+    await assert.rejects(control[command](0), { errno: "ENODEV" });
+  }
+  assert.deepEqual(driver.asked, ["open /dev/ubd-control"]);
 });

@@ -2,7 +2,8 @@
 /** kernelFindings: which kernels ubd doctor warns of. */
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { kernelFindings } from "../../cli/doctor.ts";
+import { UBD_V2, UBLK } from "../../abi/dialect.ts";
+import { driverFinding, kernelFindings } from "../../cli/doctor.ts";
 
 /** Without what only other programs do. */
 const levels = (kernel: string, outer = true) =>
@@ -61,4 +62,19 @@ test("kernelFindings warns of kernels that can crash or wedge, and says what to 
     assert.ok(finding!.why && finding!.mend);
   }
   assert.deepStrictEqual(levels("6.7.3"), ["ok", "warning", "warning"]);
+});
+
+test("of another driver than the kernel's own, the kernel's bugs are not told, but what it lacks", () => {
+  assert.deepStrictEqual(kernelFindings("6.18.4", true, UBD_V2).map(({ level }) => level), ["ok"]);
+  assert.deepStrictEqual(kernelFindings("5.15", true, UBD_V2)[0]!.level, "problem");
+  const { level, what, why, mend } = driverFinding(UBD_V2);
+  assert.strictEqual(level, "note");
+  assert.match(what, /^ubd_drv is there/);
+  assert.match(why!, /no recovery/);
+  assert.strictEqual(mend, "rmmod ubd_drv; modprobe ublk_drv");
+  assert.deepStrictEqual(driverFinding(UBLK), {
+    check: "driver",
+    level: "ok",
+    what: "ublk_drv is there",
+  });
 });
