@@ -2,11 +2,23 @@
 /** The log of a device: its bounds, and its names. */
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
-import { mkdirSync, readFileSync, rmSync, statSync, symlinkSync, writeFileSync } from "node:fs";
+import {
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  renameSync,
+  rmdirSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
 import { deviceLogRemover, LOG_BYTES_KEPT, logPath, openDeviceLog } from "../../cli/device_log.ts";
+import { makeStateDirectory, useStateDirectory } from "../../core/state.ts";
 import { runtime } from "../../ffi/mod.ts";
 
 const ID = 3_000_000 + process.pid;
@@ -88,4 +100,28 @@ test("whoever removes a device's log removes no other's that has its name by the
   again();
   assert.strictEqual(readFileSync(logPath(ID), "utf8"), "new");
   rmSync(logPath(ID));
+});
+
+test("whoever removes a device's log removes no directory, and nothing through a link", () => {
+  const scratch = mkdtempSync(join(tmpdir(), "ubd-log-"));
+  const directory = join(scratch, "ubd");
+  useStateDirectory(directory);
+  try {
+    makeStateDirectory();
+    mkdirSync(logPath(ID));
+    deviceLogRemover(ID)();
+    assert.ok(statSync(logPath(ID)).isDirectory());
+    rmdirSync(logPath(ID));
+    writeFileSync(logPath(ID), "precious");
+    renameSync(directory, `${directory}.real`);
+    symlinkSync(`${directory}.real`, directory);
+    deviceLogRemover(ID)();
+    assert.strictEqual(readFileSync(logPath(ID), "utf8"), "precious");
+    rmSync(directory);
+    writeFileSync(directory, "a file");
+    deviceLogRemover(ID)();
+  } finally {
+    useStateDirectory(undefined);
+    rmSync(scratch, { recursive: true });
+  }
 });

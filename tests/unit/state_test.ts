@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /** State files: written whole, private, never through a planted link, read only when understood. */
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
 import {
   chmodSync,
   chownSync,
@@ -270,6 +270,26 @@ for (const [what, plant] of Object.entries(REPLACED)) {
     assert.ok(lstatSync(FILE), "nobody has removed it");
   });
 }
+
+test("readState is not deceived by who changes the file under its eyes", TIMEOUT, () => {
+  writeState(ID, STATE);
+  const good = join(DIRECTORY, "good");
+  const victim = join(SCRATCH, "victim.json");
+  renameSync(FILE, good);
+  writeFileSync(victim, readFileSync(good, "utf8").replace(`"pid": ${process.pid}`, '"pid": 1'));
+  const done = join(SCRATCH, "done");
+  const swaps = `for i in {1..25}; do ln -sf ${victim} new; mv -T new ${FILE}
+    mkfifo new; mv -T new ${FILE}; ln ${good} new; mv -T new ${FILE}; done; : >${done}`;
+  const child = spawn("bash", ["-c", swaps], { cwd: DIRECTORY, stdio: "ignore" });
+  try {
+    while (!existsSync(done)) {
+      const { state } = findState(ID);
+      if (state) assert.strictEqual(state.pid, process.pid, "through a link");
+    }
+  } finally {
+    child.kill("SIGKILL");
+  }
+});
 
 const NO_DIRECTORY: Record<string, () => RegExp> = {
   "a link": () => {
