@@ -37,6 +37,13 @@ function rerunArguments(): string[] {
   return ["run", "-A", "-q", packages, `--import-map=${importMap()}`, process.argv[1]!];
 }
 
+const WAITING = {
+  ubd_wait: { parameters: ["i32"], result: "i32", nonblocking: true },
+} as const;
+
+/** Of this thread: each time they are asked for they are compiled anew. */
+let waiting: Deno.DynamicLibrary<typeof WAITING>["symbols"] | undefined;
+
 export const adapter: Adapter = {
   runtime: `Deno ${Deno.version.deno}`,
   canLockMemory: false,
@@ -73,12 +80,11 @@ export const adapter: Adapter = {
   watch({ path, native }, signalled) {
     const fd = native.ubd_eventfd(0);
     if (fd < 0) return fd;
-    const { symbols } = Deno.dlopen(path, {
-      ubd_wait: { parameters: ["i32"], result: "i32", nonblocking: true },
-    });
+    waiting ??= Deno.dlopen(path, WAITING).symbols;
+    const { ubd_wait } = waiting;
     let closed = false;
     (async () => {
-      while (await symbols.ubd_wait(fd) >= 0 && !closed) signalled();
+      while (await ubd_wait(fd) >= 0 && !closed) signalled();
       native.ubd_close(fd);
     })();
     return {

@@ -9,7 +9,7 @@
  */
 
 import { BufferPool } from "./buffers.ts";
-import { loadShim, unpack } from "./load.ts";
+import { type LoadedShim, loadShim, unpack } from "./load.ts";
 import { pathBytes } from "./path.ts";
 import type { Adapter, Native, Watch } from "./symbols.ts";
 
@@ -145,14 +145,19 @@ export interface ControlRequest {
   apart?: boolean;
 }
 
-/** The loaded shim. One object for each thread; the mapping behind them is shared. */
+/** Of this thread: each one loaded without a path would be another copy, and none is ever unloaded. */
+let known: LoadedShim | undefined;
+
+/** The loaded shim. One mapping for each process. */
 export class Shim {
   /** Give it to `new Shim(path)` in another thread of this process. */
   readonly path: string;
   readonly native: Native;
 
   constructor(path?: string) {
-    const loaded = loadShim(adapter, path);
+    const isKnown = known !== undefined && (path === undefined || path === known.path);
+    const loaded = isKnown ? known! : loadShim(adapter, path);
+    known ??= loaded;
     this.path = loaded.path;
     this.native = loaded.native;
   }

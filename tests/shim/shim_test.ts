@@ -185,6 +185,16 @@ function isMapped(address: number): boolean {
   });
 }
 
+test("the shim is loaded once, however often it is asked for", () => {
+  const mappings = () =>
+    readFileSync("/proc/self/maps", "utf8").split("\n").filter((line) => line.includes(" r-xp "))
+      .length;
+  const before = mappings();
+  for (let n = 0; n < 3; n++) assert.strictEqual(new Shim().path, shim.path);
+  assert.strictEqual(new Shim(shim.path).native, shim.native);
+  assert.strictEqual(mappings(), before);
+});
+
 test("an io buffer outlives its queue, until it is dropped, and may be another's place", () => {
   const file = shim.open("/dev/zero", 2);
   const memory = shim.queueInit({ ...CONFIG, ioBytesMax: 8192 });
@@ -588,7 +598,7 @@ test("loadShim needs no directory: it loads from memory, also where TMPDIR is no
   try {
     for (const place of [directory, "/nonexistent", "/dev/null"]) {
       process.env.TMPDIR = place;
-      const { path, native } = new Shim();
+      const { path, native } = loadShim(adapter); // A Shim takes what its thread has.
       assert.strictEqual(native.ubd_version(), SHIM_VERSION);
       assert.match(readlinkSync(path), /^\/memfd:ubd-shim/);
     }

@@ -54,9 +54,16 @@ test("after too many kinds of texts there is one a minute, which says how many w
   log(word(101));
   log(word(102));
   assert.deepEqual(lines.slice(32), [`${word(101)} (69 other messages were left out)`]);
+  time += 60_000;
+  log(word(103));
+  assert.equal(
+    lines.at(-1),
+    `${word(103)} (1 other messages were left out)`,
+    "since the last line",
+  );
   time += 3600_000;
-  for (let n = 0; n < 100; n++) log(word(n + 103));
-  assert.equal(lines.length, 33 + 32, "no more than at first");
+  for (let n = 0; n < 100; n++) log(word(n + 104));
+  assert.equal(lines.length, 34 + 32, "no more than at first");
 });
 
 test("a log that throws, rejects or is handed anything breaks nothing", async () => {
