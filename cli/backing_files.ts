@@ -154,7 +154,7 @@ function hold(shim: Shim, file: BackingFile, source?: Source): number {
   // Its mount is to stay, though it is not there yet.
   if (fd === -ERRNO.ENOENT && optional) fd = holdFile(shim, dirname(path));
   if (fd < 0) throw UblkError.from(fd, `open ${path}`, hintFor(fd, source));
-  if (!source || source.force || !identity || served !== undefined) return fd;
+  if (!source || source.force || !identity) return fd;
   if (isSameFile(identity, identify(shim, fd))) return fd;
   shim.native.ubd_close(fd);
   throw new UblkError({

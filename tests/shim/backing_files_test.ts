@@ -95,7 +95,10 @@ test("an inode that was freed and used again is another file", () => {
 test("what a living server has open is the truth: the name may mean another, or nothing", async () => {
   const path = image("served");
   const files = known(path);
-  const server = spawn("sleep", ["60"], { stdio: [openSync(path, "r+"), "ignore", "ignore"] });
+  const others = openSync(image("not served"), "r");
+  const server = spawn("sleep", ["60"], {
+    stdio: [others, "ignore", "ignore", openSync(path, "r+")],
+  });
   try {
     await new Promise((resolve) => server.on("spawn", resolve));
     const source = { device: 3, pid: server.pid! };
