@@ -38,7 +38,13 @@ import { describeDevice, dumpDevice, holders, isNoneOfOurs, takenError } from ".
 import { toFailure } from "./exit.ts";
 import { neverWait, print, printJson, tell } from "./output.ts";
 import { serve } from "./server.ts";
-import { type Live, type RecoveryMode, type ServerSpec, startServer } from "./start_server.ts";
+import {
+  type Live,
+  type RecoveryMode,
+  type ServerSpec,
+  START_TIMEOUT_S,
+  startServer,
+} from "./start_server.ts";
 import { formatSize, parseInteger, parseSize } from "./size.ts";
 import { notify } from "./systemd.ts";
 
@@ -75,6 +81,7 @@ export interface AddOptions {
   watch?: boolean;
   partscan: boolean;
   rootStorage?: boolean;
+  startTimeout?: number;
   zeroCopy?: ZeroCopyWish;
   /** Zero copy is insisted on. */
   z?: boolean;
@@ -94,6 +101,9 @@ export interface AddOptions {
 
 const IO_SIZES = `${formatSize(IO_BYTES_DEFAULT)}; ` +
   `with zero copy ${formatSize(IO_BYTES_DEFAULT_ZERO_COPY)}`;
+
+/** A day. */
+const START_TIMEOUT_S_MAX = 86_400;
 
 const DEVICE = "Device:";
 const TARGET = "Target:";
@@ -132,6 +142,16 @@ function refuseOptionsOfOthers(name: string, defined: boolean, given: AddOptions
   }
 }
 
+/** `--offset 2048` means sectors to `ublk` and bytes to `losetup`: a unit must say which. */
+function parseOffset(text: string): number {
+  if (/^\d+$/.test(text) && text !== "0") {
+    throw new UsageError(
+      `Offset "${text}": say ${text}s for sectors (what ublk means) or ${text}B for bytes`,
+    );
+  }
+  return parseSize(text, "Offset");
+}
+
 /** A flag of `ublk` that is on or off. */
 function parseSwitch(flag: string): (value: string) => boolean {
   return (value) => {
@@ -146,6 +166,14 @@ function parseRecovery(text: string): RecoveryMode {
   const mode = RECOVERY_MODES.find((candidate) => candidate === text);
   if (mode) return mode;
   throw new UsageError(`Recovery "${text}": say --recovery=${RECOVERY_MODES.join(" or =")}`);
+}
+
+function parseStartTimeout(text: string): number {
+  const seconds = parseInteger(text, "Start timeout");
+  if (seconds >= 1 && seconds <= START_TIMEOUT_S_MAX) return seconds;
+  throw new UsageError(
+    `Start timeout ${text}: it must be from 1 to ${START_TIMEOUT_S_MAX} seconds`,
+  );
 }
 
 function collectOption(text: string, collected: Record<string, string> = Object.create(null)) {
@@ -236,6 +264,13 @@ export function defineDeviceOptions(command: Command): Command {
       option("--recovery [mode]", "outlive the server: wait, reissue or fail (ubd recover)", DEVICE)
         .preset("reissue").argParser(parseRecovery),
     )
+    .addOption(
+      option(
+        "--start-timeout <seconds>",
+        `how long a module may take until the device is there; ${START_TIMEOUT_S}`,
+        DEVICE,
+      ).argParser(parseStartTimeout),
+    )
     .addOption(option("--no-partscan", "do not look for partitions", DEVICE))
     .addOption(option("--root-storage", "systemd lets the server live through shutdown", DEVICE))
     .addOption(
@@ -270,16 +305,12 @@ export function defineDeviceOptions(command: Command): Command {
       ).argParser(size("Size")),
     )
     .addOption(
-      option(
-        "--block-size <size>",
-        "logical block: 512, 1K, 2K or 4K; what a partition table is for, or 512",
-        TARGET,
-      )
+      option("--block-size <size>", "logical block: 512, 1K, 2K or 4K; files: 512", TARGET)
         .argParser(size("Block size")),
     )
     .addOption(
-      option("--offset <size>", "loop: where the device starts, in bytes as losetup has it", TARGET)
-        .argParser(size("Offset")),
+      option("--offset <size>", "loop: where the device starts, with a unit", TARGET)
+        .argParser(parseOffset),
     )
     .addOption(
       option("-o <sectors>", "loop: the same in sectors of 512 bytes", TARGET)
@@ -471,6 +502,7 @@ export function toSpec(
     ...(options.rootStorage && { rootStorage: true }),
     ...(options.unprivileged && { unprivileged: true }),
     ...(options.mlock && { lockMemory: true }),
+    ...(options.startTimeout !== undefined && { startTimeoutS: options.startTimeout }),
   };
   if (name === "memory" && lasting.recovery) {
     throw new UsageError("--recovery: what memory holds is gone with its server");

@@ -11,7 +11,7 @@ import type { Dialect } from "../abi/dialect.ts";
 import type { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { contents } from "../core/proc.ts";
-import { type DeviceState, readState } from "../core/state.ts";
+import { type DeviceState, quiescerOf, readState } from "../core/state.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import type { TargetFacts } from "../core/target.ts";
 import { deletedNodes, findUsers } from "../core/users.ts";
@@ -28,8 +28,10 @@ import {
   UBLK_PARAM_TYPE_ZONED,
   type UBLK_PARAMS,
   UBLK_S_DEV_FAIL_IO,
+  UBLK_S_DEV_LIVE,
   UBLK_S_DEV_QUIESCED,
 } from "../abi/ublk_cmd.ts";
+import { forsaken } from "./quiescing.ts";
 import { parseCpus } from "./size.ts";
 
 export interface DeviceFacts {
@@ -52,6 +54,10 @@ export interface DeviceFacts {
   char: string;
   block: string;
   owner: { uid: number; gid: number };
+  /** LIVE to the driver, which holds all requests back: whoever quiesced it has died. */
+  forsaken?: boolean;
+  /** A process that makes its server let go. */
+  quiescing?: number;
   queueThreads: DeviceState["queues"];
   target: TargetFacts;
   /** Of a device that is deleted: who keeps its id taken, as far as it is known. */
@@ -189,6 +195,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
   const pid = waits ? -1 : info.pid;
   const served = state !== undefined && state.pid === pid;
   const known = state !== undefined && (served || waits);
+  const quiescer = served && info.state === UBLK_S_DEV_LIVE ? quiescerOf(state) : undefined;
   const sizeBytes = params ? Number(params.basic.dev_sectors) * 512 : info.sizeBytes ?? 0;
   const heldBy = await isDeleted(control.dialect, id)
     ? (await findUsers(await deletedNodes(control.dialect.blockName(id)))).lines
@@ -220,6 +227,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
         affinity: allowedCpus(pid, queue.tid) ?? queue.affinity,
       }))
       : [],
+    ...(quiescer && (quiescer.alive ? { quiescing: quiescer.pid } : { forsaken: true })),
     ...(served && state.supervisor !== undefined && { supervisor: state.supervisor }),
     // The server is not told of a resize.
     target: known ? { ...state.target, dev_size: sizeBytes } : {},
@@ -329,6 +337,10 @@ export function dumpDevice(facts: DeviceFacts): string {
       `\tqueue ${qid}: tid ${tid} affinity(${affinity.map((cpu) => `${cpu} `).join("")})`
     ),
   ];
+  if (facts.forsaken) lines.push(`\t${forsaken(facts.id)}`);
+  if (facts.quiescing !== undefined) {
+    lines.push(`\tprocess ${facts.quiescing} is quiescing it: new requests wait`);
+  }
   if (facts.target.name !== undefined) {
     const sorted = Object.entries({ ...facts.target, type: 0 }).sort(([a], [b]) => a < b ? -1 : 1);
     lines.push(`\ttarget ${JSON.stringify(Object.fromEntries(sorted))}`);

@@ -90,15 +90,26 @@ export function openDeviceLog(id?: number): number {
   }
 }
 
+function isNameless(path: string): boolean {
+  return dirname(path) === stateDirectory() && basename(path).startsWith(".log.");
+}
+
 /** Gives this server's log the name of its device. */
 export function nameDeviceLog(id: number): void {
   try {
     const path = readlinkSync(`/proc/self/fd/${LOG_FD}`);
-    const own = dirname(path) === stateDirectory() && basename(path).startsWith(".log.");
-    if (!own) return;
+    if (!isNameless(path)) return;
     renameSync(path, logPath(id));
     chmodSync(logPath(id), 0o600);
   } catch { /* it goes on without a name */ }
+}
+
+/** For a server whose device has not come to be, and whose caller may have died. */
+export function dropOwnDeviceLog(): void {
+  try {
+    const path = readlinkSync(`/proc/self/fd/${LOG_FD}`);
+    if (isNameless(path)) rmSync(path);
+  } catch { /* somebody else has */ }
 }
 
 /** @param fd of openDeviceLog, for a device that has not come to be. */

@@ -22,6 +22,7 @@ import { swapPaths } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { describeAll } from "./describe.ts";
 import { EXIT } from "./exit.ts";
+import { forsaken } from "./quiescing.ts";
 import { staleFiles } from "./gc.ts";
 import { print, printJson } from "./output.ts";
 
@@ -422,6 +423,13 @@ async function checkDevices(): Promise<Finding[]> {
           ? "its id and memory stay taken"
           : `${path} ${state === "FAIL_IO" ? "fails" : "holds"} all I/O until it is served again`,
         mend: state === "DEAD" ? `ubd del ${id}, or ubd gc` : `ubd recover ${id}, or ubd del ${id}`,
+      })),
+      ...devices.filter((device) => device.forsaken).map(({ id }): Finding => ({
+        check,
+        level: "warning",
+        what: forsaken(id).split(";")[0]!,
+        why: "the driver calls it LIVE, and answers nobody until its server has let go",
+        mend: `ubd recover ${id}`,
       })),
       ...(await Promise.all(unlocked.map(unlockedSwap))).flat(),
     ];

@@ -65,6 +65,7 @@ const BY_ERRNO: Record<string, number> = {
 
 function exitCode(error: unknown): number {
   if (error instanceof UsageError || (error as Error)?.name === "RuntimeError") return EXIT.USAGE;
+  if ((error as Error)?.name === "ShimError") return EXIT.FAILURE;
   if (!(error instanceof UblkError)) return EXIT.BUG;
   const absent = ["ENOENT", "ENXIO", "ENODEV"].includes(error.errno);
   if (error.operation === "open the control device" && absent) return EXIT.NO_DRIVER;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /** `ubd quiesce` and `ubd upgrade`: the server lets go of a device that stays. @module */
 
+import process from "node:process";
 import type { Command } from "commander";
 import {
   UBLK_F_BATCH_IO,
@@ -8,16 +9,18 @@ import {
   UBLK_F_USER_RECOVERY,
   UBLK_F_USER_RECOVERY_FAIL_IO,
   UBLK_F_USER_RECOVERY_REISSUE,
+  UBLK_S_DEV_LIVE,
 } from "../abi/ublk_cmd.ts";
 import { Control, lackError } from "../core/control.ts";
-import { checkpoint } from "../core/checkpoint.ts";
-import { Device } from "../core/device.ts";
 import { UblkError } from "../core/error.ts";
+import { readState } from "../core/state.ts";
 import { MODULE_TARGET, type ModuleSpec } from "../targets/module.ts";
 import { checkModule } from "../targets/trust.ts";
 import { show } from "./add.ts";
-import { printJson, tell } from "./output.ts";
 import { filesOf, holdFiles, type Source } from "./backing_files.ts";
+import { EXIT } from "./exit.ts";
+import { printJson, tell } from "./output.ts";
+import { forsaken, isForsaken, letServerGo } from "./quiescing.ts";
 import { knownState } from "./recover.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
@@ -57,9 +60,11 @@ async function quiesce(device: number | undefined, options: QuiesceOptions): Pro
   const id = oneDeviceId("quiesce", device, options.number);
   using control = await Control.open();
   await refuseUnquiescible(control, id);
-  await Device.quiesce(control, id);
+  const interrupted = deferSignals();
+  await letServerGo(control, id);
   if (options.json) printJson({ quiesced: id });
   else tell(`device ${id} waits for a server: ubd recover -n ${id}`);
+  if (interrupted()) process.exitCode = EXIT.INTERRUPTED;
 }
 
 async function upgrade(device: number | undefined, options: QuiesceOptions): Promise<void> {
@@ -77,17 +82,16 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
     const hint = "it was added with --recovery=fail, so I/O fails meanwhile; add --force to accept";
     throw new UblkError({ errno: "EBUSY", operation: "upgrade", device: id, hint });
   }
-  const next = { ...spec as ServerSpec, recover: id };
+  const next = { ...spec as ServerSpec, recover: id, quiesce: true };
   const { name, options: told } = next.target;
   // What the new server would refuse is to be known while the old one serves.
   if (name === MODULE_TARGET) checkModule((told as unknown as ModuleSpec).file);
   const held = holdFiles(control.shim, filesOf(next), await sourceOf(control, id, next));
-  await Device.quiesce(control, id);
-  checkpoint("quiesced");
+  // The new server does it, once it has loaded what it is to serve, and whatever becomes of this.
   try {
     await show(await startServer(next, { held }), options);
   } catch (error) {
-    tell(`device ${id} waits for a server: ubd recover -n ${id}`);
+    await tellState(control, id).catch(() => {}); // It may be gone.
     throw error;
   }
 }
@@ -96,6 +100,23 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
 async function sourceOf(control: Control, id: number, { target }: ServerSpec): Promise<Source> {
   const { pid } = await control.getDeviceInfo(id);
   return { device: id, ...(pid > 0 && target.name !== MODULE_TARGET && { pid }) };
+}
+
+/** What has become of a device whose upgrade has failed. */
+async function tellState(control: Control, id: number): Promise<void> {
+  const { state, targetFlags } = await control.getDeviceInfo(id);
+  if (state !== UBLK_S_DEV_LIVE) tell(`device ${id} waits for a server: ubd recover -n ${id}`);
+  else if (isForsaken(readState(id, targetFlags))) tell(forsaken(id));
+  else tell(`device ${id} is served by its old server`);
+}
+
+/** A quiesce that has begun is seen through. @returns whether a signal has come meanwhile. */
+function deferSignals(): () => boolean {
+  let interrupted = false;
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+    process.on(signal, () => interrupted = true);
+  }
+  return () => interrupted;
 }
 
 /** @returns the device's flags. @throws {UblkError} what device or kernel lacks. */

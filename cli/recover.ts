@@ -2,10 +2,12 @@
 /** `ubd recover`: serves a device again whose server is gone. @module */
 
 import type { Command } from "commander";
+import { UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
-import { type DeviceState, findState, statePath } from "../core/state.ts";
+import { type DeviceState, findState, quiescerOf, statePath } from "../core/state.ts";
 import { show } from "./add.ts";
+import { MODULE_TARGET } from "../targets/module.ts";
 import { filesOf, holdFiles } from "./backing_files.ts";
 import { specOf } from "./spec.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
@@ -32,8 +34,17 @@ async function recover(
   using control = await Control.open();
   control.requireCommand("START_USER_RECOVERY", "recover", id);
   const state = await knownState(control, id, "recover");
-  const spec = { ...state.spec, recover: id };
-  const held = holdFiles(control.shim, filesOf(spec), { device: id, force: force ?? false });
+  const { state: driverState, pid } = await control.getDeviceInfo(id);
+  const quiescer = driverState === UBLK_S_DEV_LIVE ? quiescerOf(state) : undefined;
+  if (quiescer?.alive) {
+    const hint = `process ${quiescer.pid} is making its server let go: wait for that`;
+    throw new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
+  }
+  const spec = { ...state.spec, recover: id, quiesce: quiescer !== undefined };
+  const source = quiescer && pid > 0 && spec.target.name !== MODULE_TARGET
+    ? { device: id, pid }
+    : { device: id, force: force ?? false };
+  const held = holdFiles(control.shim, filesOf(spec), source);
   await show(await startServer(spec, { held }), { json: json ?? false });
 }
 

@@ -40,6 +40,7 @@ const SPEC: Record<string, Fits> = {
   unprivileged: isSwitch,
   lockMemory: isSwitch,
   files: (value) => Array.isArray(value) && value.every(isBackingFile),
+  startTimeoutS: (value) => isBytes(value) && value !== 0,
 };
 const DEVICE: Record<string, Fits> = {
   zeroCopy: isOneOf(ZERO_COPY_WISHES),

@@ -23,17 +23,22 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { closeSync, writeSync } from "node:fs";
 import process from "node:process";
 import type { Readable, Writable } from "node:stream";
+import { clearTimeout, setTimeout } from "node:timers";
+import { setTimeout as sleep } from "node:timers/promises";
 import { Control } from "../core/control.ts";
 import type { DataWish } from "../core/data_mode.ts";
 import type { DeviceOptions } from "../core/device.ts";
+import type { DeviceInfo } from "../abi/dialect.ts";
 import { UblkError } from "../core/error.ts";
 import { asFlusher, inPrivateMounts, mountNamespace } from "../core/isolation.ts";
 import { rerunArguments, restfulEnvironment, Shim } from "../ffi/mod.ts";
+import { beginningOf } from "../core/proc.ts";
 import { readState, removeState } from "../core/state.ts";
 import { MODULE_TARGET } from "../targets/module.ts";
 import { type BackingFile, filesOf, type HeldFiles, holdFiles } from "./backing_files.ts";
 import { dropDeviceLog, openDeviceLog, readLog } from "./device_log.ts";
 import { EXIT, type Failure, ReportedError } from "./exit.ts";
+import { raiseLimits } from "./limits.ts";
 import { passOn } from "./output.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
@@ -57,8 +62,12 @@ export interface ServerSpec {
   unprivileged?: boolean;
   /** Keep the server's memory out of swap. */
   lockMemory?: boolean;
+  /** How long the target's own code may take until the device is LIVE, in seconds. */
+  startTimeoutS?: number;
   /** Take over this device instead of adding one. */
   recover?: number;
+  /** Its server lives, and is first made to let go. */
+  quiesce?: boolean;
   /** Id of the process that supervises this server; undefined: it is still to be started. */
   supervisor?: number;
 }
@@ -69,12 +78,20 @@ export interface ServerSpec {
  */
 export type RecoveryMode = "wait" | "reissue" | "fail";
 
+/** Of a server's start, unless it was told another one. */
+export const START_TIMEOUT_S = 60;
+
+/** How long a server that was told to end may take before it is killed. */
+const END_PATIENCE_MS = 30_000;
+
 /** Tells a server that another process is stopping its device. */
 export const STOPPING_SIGNAL = "SIGUSR2";
 
 /** The hidden verb that makes a process a server. */
 export const SERVE_VERB = "__serve";
 export const LEASHED = "--leashed";
+/** In place of serving: deletes what a server has left that could not end otherwise. */
+export const UNDO = "--undo";
 
 export interface Live {
   id: number;
@@ -83,7 +100,7 @@ export interface Live {
 }
 
 export type Answer =
-  | { type: "added"; id: number }
+  | { type: "added"; id: number; mark: string }
   | { type: "live"; live: Live }
   | { type: "failed"; failure: Failure };
 
@@ -121,7 +138,9 @@ export function answer(message: Answer): void {
 export function parseAnswer(line: string): Answer {
   try {
     const message = JSON.parse(line) as Partial<Record<string, unknown>> | null;
-    if (message?.type === "added" && Number.isInteger(message.id)) return message as Answer;
+    if (message?.type === "added" && Number.isInteger(message.id) && isMark(message.mark)) {
+      return message as Answer;
+    }
     if (message?.type === "live" && isObject(message.live)) return message as Answer;
     if (message?.type === "failed" && isObject(message.failure)) return message as Answer;
   } catch { /* no JSON */ }
@@ -131,6 +150,10 @@ export function parseAnswer(line: string): Answer {
     hint: `it said ${JSON.stringify(line.slice(0, 200))}, which is no answer of this version's: ` +
       "was ubd replaced meanwhile, or does the target write to descriptor 3?",
   });
+}
+
+function isMark(value: unknown): boolean {
+  return typeof value === "string" && /^\d+$/.test(value);
 }
 
 function isObject(value: unknown): boolean {
@@ -173,17 +196,18 @@ export async function startServer(
  *
  * @param handed descriptors: of openDeviceLog, or what the caller has as its own log; and of the
  * files of the spec, in their order.
- * @param onAdded told of a new device's id.
+ * @param onAdded told of a new device.
  */
 export async function spawnServer(
   spec: ServerSpec,
   { log, fds }: { log: number; fds: readonly number[] },
-  onAdded: (id: number) => void,
+  onAdded: (added: Answer & { type: "added" }) => void,
   hold?: (leash: Writable) => void,
 ): Promise<{ live: Live; child: ChildProcess }> {
   // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
   const shim = new Shim();
   shim.native.ubd_close_on_exec();
+  raiseLimits(shim);
   const verb = [SERVE_VERB, mountNamespace(), ...(hold ? [LEASHED] : [])];
   const args = [...rerunArguments(), ...verb];
   // Looked up here: from other mounts, in a chroot, its path is another one.
@@ -202,9 +226,11 @@ export async function spawnServer(
     ? start()
     : asFlusher(shim, () => inPrivateMounts(shim, copied, start));
   let interrupted = false;
+  let patience: ReturnType<typeof setTimeout> | undefined;
   const interrupt = () => {
     interrupted = true;
     child.kill("SIGTERM");
+    patience ??= setTimeout(() => child.kill("SIGKILL"), END_PATIENCE_MS).unref();
   };
   process.on("SIGINT", interrupt);
   process.on("SIGTERM", interrupt);
@@ -216,7 +242,7 @@ export async function spawnServer(
   stdin.write(`${JSON.stringify(spec)}\n`);
   hold?.(stdin);
 
-  let added: number | undefined;
+  let added: { id: number; mark: string } | undefined;
   const died = Promise.withResolvers<undefined>();
   const unstarted = Promise.withResolvers<never>();
   child.on("error", ({ code = "EIO", message }: NodeJS.ErrnoException) =>
@@ -228,8 +254,8 @@ export async function spawnServer(
     for await (const line of linesOf(answers)) {
       const message = parseAnswer(line);
       if (message.type !== "added") return message;
-      added = message.id;
-      onAdded(added);
+      added = message;
+      onAdded(message);
     }
     return undefined;
   })();
@@ -252,8 +278,14 @@ export async function spawnServer(
     return { live: outcome.live, child };
   }
   await died.promise;
-  // Only one that died without a word: whoever undid its work may see the id in other hands now.
-  if (outcome === undefined && added !== undefined) await deleteLeftover(added);
+  clearTimeout(patience);
+  process.off("SIGINT", interrupt);
+  process.off("SIGTERM", interrupt);
+  // One that has undone its work may see the id in other hands now: the mark tells.
+  if (added) {
+    const mark = BigInt(added.mark);
+    await deleteLeftover(added.id, ({ targetFlags }) => targetFlags === mark);
+  }
   if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
   if (interrupted) throw interruption(spec.recover);
   if (unknown !== undefined) throw unknown;
@@ -264,6 +296,25 @@ export async function spawnServer(
   });
 }
 
+/**
+ * Has another process delete this server's device once this one has ended: the target's own code
+ * keeps a queue's thread, and the driver waits for that.
+ */
+export function undoLater(id: number, mark: bigint): void {
+  const args = [SERVE_VERB, "", UNDO, `${id}`, `${mark}`, `${process.pid}`];
+  const options = { detached: true, cwd: "/", stdio: "ignore" } as const;
+  spawn(process.execPath, [...rerunArguments(), ...args], options).on("error", () => {}).unref();
+}
+
+/** The whole of that other process. */
+export async function undo([id, mark, pid]: readonly string[]): Promise<number> {
+  const began = beginningOf(Number(pid));
+  const deadline = performance.now() + END_PATIENCE_MS;
+  while (beginningOf(Number(pid)) === began && performance.now() < deadline) await sleep(20);
+  await deleteLeftover(Number(id), ({ targetFlags }) => targetFlags === BigInt(mark!));
+  return EXIT.OK;
+}
+
 /** @param recover a device that was to be taken over: it is left as it was. */
 export function interruption(recover?: number): ReportedError {
   const waits = `; device ${recover} waits for a server: ubd recover -n ${recover}`;
@@ -271,11 +322,19 @@ export function interruption(recover?: number): ReportedError {
   return new ReportedError({ message, exitCode: EXIT.INTERRUPTED });
 }
 
-/** A server that failed has undone what it did; one that was killed has not. */
-export async function deleteLeftover(id: number): Promise<void> {
+/**
+ * A server that failed has undone what it did, if it could; one that was killed has not.
+ *
+ * @param isOurs whether the device that has the id now is still the one.
+ */
+export async function deleteLeftover(
+  id: number,
+  isOurs: (info: DeviceInfo) => boolean,
+): Promise<void> {
   using control = await Control.open();
-  const pid = readState(id)?.pid;
   try {
+    if (!isOurs(await control.getDeviceInfo(id))) return;
+    const pid = readState(id)?.pid;
     await control.stopDevice(id);
     await control.deleteDevice(id);
     if (pid !== undefined) removeState(id, pid);

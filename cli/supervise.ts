@@ -12,6 +12,7 @@
 import type { ChildProcess } from "node:child_process";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
+import type { DeviceInfo } from "../abi/dialect.ts";
 import { harden } from "../core/isolation.ts";
 import { readState } from "../core/state.ts";
 import { Shim } from "../ffi/mod.ts";
@@ -49,7 +50,7 @@ export async function supervise(
 
   // Each server serves the files that the first one got, whatever becomes of their names.
   const handed = { log: LOG_FD, fds: handedFds(spec) };
-  const first = await spawnServer(supervised, handed, (id) => answer({ type: "added", id }));
+  const first = await spawnServer(supervised, handed, answer);
   const { id } = first.live;
   answer({ type: "live", live: first.live });
 
@@ -78,10 +79,13 @@ export async function supervise(
     // Whoever deleted the device, or recovered it, has put an end to this.
     if (readState(id)?.supervisor !== process.pid) return EXIT.OK;
     if (stop.signal.aborted) {
-      await deleteLeftover(id);
+      const ours = ({ targetFlags }: DeviceInfo) =>
+        readState(id, targetFlags)?.supervisor === process.pid;
+      await deleteLeftover(id, ours);
       return EXIT.OK;
     }
-    const next = spawnServer({ ...supervised, recover: id }, handed, () => {});
+    const anew = { ...supervised, recover: id, quiesce: false };
+    const next = spawnServer(anew, handed, () => {});
     server = await next.catch((error) => {
       log(`no new server for device ${id}: ${(error as Error).message}`, true);
       return undefined;

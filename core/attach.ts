@@ -22,7 +22,7 @@ import { zeroCopyOf } from "./data_mode.ts";
 import { UblkError } from "./error.ts";
 import { gapsOf } from "./gaps.ts";
 import { type NodePlace, Nodes, removeStaleNode, S_IFBLK, S_IFCHR } from "./nodes.ts";
-import { type QueueThread, startQueueThread } from "./queue_thread.ts";
+import { type QueueThread, startQueueThread, unless } from "./queue_thread.ts";
 import type { OpenTarget } from "./target.ts";
 
 /** How long udev may take to make a device's node, give it to its owner and let go of it. */
@@ -37,6 +37,8 @@ export interface RecoverOptions {
   /** URL of the module whose evaluation in a Worker serves a queue (targets/queue_thread.ts). */
   queueThreadEntry: string;
   log: (text: string) => void;
+  /** Ends what waits for the driver or for the target's own code: its reason is thrown. */
+  signal?: AbortSignal;
 }
 
 /** What a queue's thread says of itself. */
@@ -153,7 +155,7 @@ export async function attach(
     };
     tidsKnown.push(thread.serve(config));
   }
-  const tids = await Promise.all(tidsKnown);
+  const tids = await unless(options.signal, Promise.all(tidsKnown));
   const facts = tids.map((tid, qid) => ({ qid, tid, affinity: affinities[qid]! }));
   checkpoint("queues started");
 
@@ -164,7 +166,7 @@ export async function attach(
       throw new UblkError({ errno: "ENODEV", operation, device: info.id });
     });
     died.catch(() => {});
-    await Promise.race([command, died]);
+    await unless(options.signal, Promise.race([command, died]));
   };
   if (!dialect.checksState) {
     await during("FETCH", Promise.all(threads.map((thread) => thread.fetched())).then(() => {}));

@@ -65,8 +65,6 @@ const QUIESCE_DEADLINE_MS = 60_000;
 export interface TakeOverOptions extends RecoverOptions {
   /** Those that its servers before this one have made. */
   nodes?: readonly string[];
-  /** Throws when it is to be no longer: called while the driver does not let us in, and when it has. */
-  goOn?: () => void;
   /** Throws when the device is another one by now: called when the driver has let us in. */
   confirm?: (info: DeviceInfo) => void;
 }
@@ -198,12 +196,13 @@ export class Device {
   static recover(control: Control, id: number, options: TakeOverOptions): Promise<Device> {
     return unwinding(options.log, async (undo) => {
       undo.push(() => options.target.close());
-      const { anew } = await control.startUserRecovery(id, options.goOn);
+      const goOn = () => options.signal?.throwIfAborted();
+      const { anew } = await control.startUserRecovery(id, goOn);
       if (!anew && (await charDeviceOpeners(control.dialect, id)).length > 0) {
         const hint = "another server is taking it over: see ubd list";
         throw new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
       }
-      options.goOn?.();
+      goOn();
       const info = await control.getDeviceInfo(id);
       options.confirm?.(info);
       checkpoint("recovery started");
@@ -296,6 +295,11 @@ export class Device {
   /** Tells the target that somebody stops the device: requests that wait for something end. */
   stopping(): void {
     for (const thread of this.#threads) thread.stopping();
+  }
+
+  /** Queues whose threads have not heard of that: the target's own code keeps them. */
+  get deaf(): number[] {
+    return [...this.#threads.keys()].filter((queue) => !this.#threads[queue]!.hears());
   }
 
   /**

@@ -107,3 +107,9 @@ function statOf(pid: number, tid?: string): { state: string; started: string } |
   // What is left of one that has ended holds nothing.
   return started === undefined || /[ZXx]/.test(state) ? undefined : { state, started };
 }
+
+/** When a process began, in ticks since boot: with its id, it names one process and no later one. */
+export function beginningOf(pid: number): number | undefined {
+  const found = statOf(pid);
+  return found && Number(found.started);
+}

@@ -15,6 +15,7 @@
 
 import { readFileSync } from "node:fs";
 import { URL } from "node:url";
+import process from "node:process";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { type QueueConfig, Shim } from "../ffi/mod.ts";
 import {
@@ -68,11 +69,13 @@ export interface QueueThread {
   fetched(): Promise<void>;
   /** Tells the target that the device is about to stop. */
   stopping(): void;
+  /** Whether it has seen what it was told: one that has not is busy with the target's own code. */
+  hears(): boolean;
   /** Makes the thread leave now. For devices that never started. */
   abandon(): void;
 }
 
-/** What a thread is told by `orders`, one i32. */
+/** What a thread is told by the first i32 of `orders`; the second is what it has seen of it. */
 const STOPPING = 1;
 const ABANDONED = 2;
 /** To say when it comes to read this: the wake-up is submitted after the first FETCHes. */
@@ -121,7 +124,7 @@ export function startQueueThread(
   shim: Shim,
   log: Log,
 ): QueueThread {
-  const orders = new Int32Array(new SharedArrayBuffer(4));
+  const orders = new Int32Array(new SharedArrayBuffer(8));
   const stats = emptyStats();
   const data: WorkerData = { [MARK]: true, shimPath: shim.path, target, orders, stats };
   const worker = new Worker(new URL(entry), { workerData: data, name: `ubd-queue-${queueId}` });
@@ -150,7 +153,11 @@ export function startQueueThread(
   });
 
   let wakeFd = -1;
-  ended.promise.catch(() => {}).finally(() => wakeFd = -1); // Its number may be another's then.
+  let gone = false;
+  ended.promise.catch(() => {}).finally(() => {
+    gone = true;
+    wakeFd = -1; // Its number may be another's then.
+  });
   const order = (what: number) => {
     Atomics.or(orders, 0, what);
     if (wakeFd >= 0) shim.native.ubd_wake(wakeFd);
@@ -169,6 +176,7 @@ export function startQueueThread(
       return fetched.promise;
     },
     stopping: () => order(STOPPING),
+    hears: () => gone || Atomics.load(orders, 0) === Atomics.load(orders, 1),
     abandon() {
       order(ABANDONED);
       worker.postMessage(undefined);
@@ -180,7 +188,8 @@ export function startQueueThread(
  * Opens a target in the thread that will serve its first queue.
  *
  * @param spec what `prepare` needs; the other queues' threads get it with what is `shared`.
- * @throws what opening it threw; the thread is gone then.
+ * @param signal ends the wait for it; its reason is thrown.
+ * @throws what opening it threw. The thread is gone then, unless the target's code keeps it.
  */
 export async function openInThread(
   entry: string,
@@ -188,9 +197,14 @@ export async function openInThread(
   facts: OpenTarget["facts"],
   shim: Shim,
   log: Log,
+  signal?: AbortSignal,
 ): Promise<OpenTarget> {
   const first = startQueueThread(entry, { name, spec }, 0, shim, log);
-  const { limits, queuesMax, files = [], shared } = (await first.opened)!;
+  const { limits, queuesMax, files = [], shared } =
+    (await unless(signal, first.opened).catch((error) => {
+      first.abandon();
+      throw error;
+    }))!;
   const complete = { ...spec, shared };
   return {
     limits,
@@ -203,6 +217,18 @@ export async function openInThread(
       queueId === 0 ? first : startQueueThread(entry, { name, spec: complete }, queueId, shim, log),
     close: () => first.abandon(),
   };
+}
+
+/** @throws the signal's reason, once it is aborted, if that comes first. */
+export function unless<T>(signal: AbortSignal | undefined, work: Promise<T>): Promise<T> {
+  if (!signal) return work;
+  work.catch(() => {}); // It may fail after that.
+  return new Promise<T>((resolve, reject) => {
+    const abort = () => reject(signal.reason);
+    if (signal.aborted) return abort();
+    signal.addEventListener("abort", abort, { once: true });
+    work.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+  });
 }
 
 /** Serves a target on this thread's event loop, with any number of queues. */
@@ -247,6 +273,7 @@ export function openHere(target: ServedTarget, shim: Shim, logAny: Log): OpenTar
         return fetched.promise;
       },
       stopping: () => handler?.stopping?.(),
+      hears: () => true,
       abandon() {
         abandoned = true;
         if (wakeFd >= 0) shim.native.ubd_wake(wakeFd);
@@ -302,6 +329,10 @@ export async function runQueueThread(
   const { shimPath, target, orders, stats } = workerData as WorkerData;
   const send = (message: Message) => parentPort!.postMessage(message);
   const log = limited((text) => send({ type: "log", text }));
+  // What nobody awaited, and what a timer threw, is no failure of a request: the device lives.
+  const stray = (what: string) => (error: unknown) => log(`${what}: ${describeThrown(error)}`);
+  process.on("uncaughtException", stray("the target threw where nothing catches it"));
+  process.on("unhandledRejection", stray("the target lost a rejection (an await is missing)"));
   try {
     const told = new Promise<Assignment | undefined>((resolve) =>
       parentPort!.once("message", resolve)
@@ -324,9 +355,11 @@ export async function runQueueThread(
     shim.native.ubd_io_flusher(1); // Hardening: who may not, serves without it (core/isolation.ts).
     const { queue, handler } = partsOf(served, shim, config, stats, log);
     const woken = () => {
-      if (Atomics.load(orders, 0) & FETCHING) send({ type: "fetched" });
-      if (Atomics.load(orders, 0) & STOPPING) handler.stopping?.();
-      return (Atomics.load(orders, 0) & ABANDONED) !== 0;
+      const told = Atomics.load(orders, 0);
+      Atomics.store(orders, 1, told);
+      if (told & FETCHING) send({ type: "fetched" });
+      if (told & STOPPING) handler.stopping?.();
+      return (told & ABANDONED) !== 0;
     };
     if (config.cpus) shim.narrowAffinity(config.cpus);
     send({ type: "started", tid: shim.native.ubd_gettid(), queue: queue.handle });

@@ -36,6 +36,7 @@ import { isAbsolute, join } from "node:path";
 import process from "node:process";
 import type { QueueFacts } from "./attach.ts";
 import { UblkError } from "./error.ts";
+import { beginningOf } from "./proc.ts";
 import type { TargetFacts } from "./target.ts";
 
 const STATE_VERSION = 1;
@@ -48,6 +49,8 @@ export interface DeviceState {
   pid: number;
   /** Process that starts the server again when it dies, if there is one. */
   supervisor?: number;
+  /** Process that makes the server let go, and has not come to the end of it yet. */
+  quiescing?: { pid: number; began: number };
   /** The device lives only as long as another process does: `ubd run`. */
   leashed?: boolean;
   /** Device nodes that its servers have made, since nothing else did. */
@@ -93,6 +96,12 @@ const FIELDS: Readonly<Record<keyof DeviceState, Field>> = {
   },
   pid: { form: "a process id", fits: within(1, PID_MAX) },
   supervisor: { form: "a process id", fits: within(1, PID_MAX), optional: true },
+  quiescing: {
+    form: "a process",
+    fits: (value) =>
+      isRecord(value) && within(1, PID_MAX)(value.pid) && Number.isFinite(value.began),
+    optional: true,
+  },
   leashed: { form: "true or false", fits: (value) => typeof value === "boolean", optional: true },
   nodes: { form: "a list of paths", fits: listOf(isText), optional: true },
   target: {
@@ -337,6 +346,32 @@ function isDeep(value: unknown, levels: number): boolean {
 export function removeState(id: number, pid?: number): void {
   if (!hasStateDirectory() || (pid !== undefined && readState(id)?.pid !== pid)) return;
   removeStateName(`${id}.json`);
+}
+
+/**
+ * Notes in a device's state file that this process quiesces it, or is done with that: QUIESCE_DEV
+ * holds new requests back, and nothing but the end of the server ends that. Whoever dies in between
+ * leaves a device that the driver calls LIVE and that answers nobody.
+ */
+export function noteQuiescing(id: number, mark: bigint, on: boolean): void {
+  const { state } = findState(id, mark);
+  if (!state) return;
+  const { version: _, mark: __, quiescing: ___, ...rest } = state;
+  const { pid } = process;
+  writeState(id, {
+    ...rest,
+    mark,
+    ...(on && { quiescing: { pid, began: beginningOf(pid) ?? 0 } }),
+  });
+}
+
+/** Of a device that is LIVE: who is quiescing it, or has died over that. */
+export function quiescerOf(
+  { quiescing }: Pick<DeviceState, "quiescing">,
+): { pid: number; alive: boolean } | undefined {
+  if (!quiescing) return undefined;
+  const { pid, began } = quiescing;
+  return { pid, alive: beginningOf(pid) === began };
 }
 
 /** @throws {UblkError} what has this name in the directory cannot be removed; directories never. */

@@ -9,13 +9,13 @@
  * @module
  */
 
-import { closeSync, openSync, writeFileSync } from "node:fs";
+import { closeSync, openSync, readFileSync, writeFileSync } from "node:fs";
 import { arch } from "node:os";
 import { SHIM_PACKED } from "./shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "./symbols.ts";
 
 /** Raised together with shim_version in shim/shim.zig. */
-export const SHIM_VERSION = 10;
+export const SHIM_VERSION = 11;
 
 export interface LoadedShim {
   readonly native: Native;
@@ -25,7 +25,7 @@ export interface LoadedShim {
 
 /**
  * @param known `path` of a shim that this process has already loaded.
- * @throws {Error} when it cannot be loaded.
+ * @throws {ShimError} when it cannot be loaded.
  */
 export function loadShim(adapter: Adapter, known?: string): LoadedShim {
   if (known !== undefined) return { native: adapter.load(known, SYMBOLS), path: known };
@@ -34,16 +34,35 @@ export function loadShim(adapter: Adapter, known?: string): LoadedShim {
   if (!packed) throw new Error(`Cannot load the ubd shim: none is built for ${arch()}`);
   const bytes = unpack(adapter, packed);
 
-  const fd = memoryFile(adapter, bytes);
+  let fd: number | undefined;
   try {
+    fd = memoryFile(adapter, bytes);
     const path = `/proc/self/fd/${fd}`;
     const native = adapter.load(path, SYMBOLS);
     const version = native.ubd_version();
     if (version === SHIM_VERSION) return { native, path };
     throw new Error(`version ${version} where ${SHIM_VERSION} is needed: build`);
   } catch (error) {
-    closeSync(fd);
-    throw new Error(`Cannot load the ubd shim: ${(error as Error).message}`);
+    if (fd !== undefined) closeSync(fd);
+    throw new ShimError(`Cannot load the ubd shim: ${(error as Error).message}${addressSpace()}`);
+  }
+}
+
+/** The library cannot be loaded here. */
+export class ShimError extends Error {
+  override readonly name = "ShimError";
+}
+
+/** A runtime that lacks it has no FFI, and says something else. */
+function addressSpace(): string {
+  try {
+    const [, bytes] =
+      /^Max address space\s+(\d+)/m.exec(readFileSync("/proc/self/limits", "utf8")) ?? [];
+    return bytes === undefined
+      ? ""
+      : `: ulimit -v leaves it ${bytes} bytes; it needs 16 GiB or more`;
+  } catch {
+    return "";
   }
 }
 
@@ -65,7 +84,7 @@ function memoryFile(adapter: Adapter, bytes: Uint8Array): number {
   const name = new TextEncoder().encode("ubd-shim\0");
   let memory = libc.memfd_create(name, MFD_CLOEXEC | MFD_NOEXEC_SEAL);
   if (memory < 0) memory = libc.memfd_create(name, MFD_CLOEXEC);
-  if (memory < 0) throw new Error("Cannot load the ubd shim: memfd_create is refused");
+  if (memory < 0) throw new Error("memfd_create is refused");
   const path = `/proc/self/fd/${memory}`;
   try {
     writeFileSync(path, bytes);

@@ -11,6 +11,7 @@
 import { BufferPool } from "./buffers.ts";
 import { type LoadedShim, loadShim, unpack } from "./load.ts";
 import { pathBytes } from "./path.ts";
+export { ShimError } from "./load.ts";
 import type { Adapter, Native, Watch } from "./symbols.ts";
 
 const { adapter }: { adapter: Adapter } = "Bun" in globalThis

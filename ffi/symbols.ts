@@ -47,6 +47,7 @@ export const SYMBOLS = {
   ubd_keep_on_exec: { args: ["i32"], result: "i32" },
   ubd_pidfd_open: { args: ["i32"], result: "i32" },
   ubd_pidfd_signal: { args: ["i32", "i32"], result: "i32" },
+  ubd_raise_limit: { args: ["u32"], result: "i32" },
   ubd_set_affinity: { args: ["i32", "buffer"], result: "i32" },
   ubd_narrow_affinity: { args: ["buffer"], result: "i32" },
   ubd_gettid: { args: [], result: "i32" },

@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 10;
+const shim_version = 11;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -257,6 +257,24 @@ export fn ubd_pidfd_open(pid: i32) i32 {
 /// pidfd_send_signal(2).
 export fn ubd_pidfd_signal(pidfd: i32, signal: i32) i32 {
     return sys.call(.pidfd_send_signal, .{ word(pidfd), word(signal), 0, 0, 0, 0 });
+}
+
+/// Takes a resource limit (RLIMIT_*) off this process; where only its hard limit may stay, raises the
+/// other one up to it. Returns 0 when there is none any more, 1 when there is, or -errno.
+export fn ubd_raise_limit(resource: u32) i32 {
+    const unlimited = std.math.maxInt(u64);
+    var limit: [2]u64 = .{ unlimited, unlimited };
+    if (setLimit(resource, &limit, null) == 0) return 0;
+    const result = setLimit(resource, null, &limit);
+    if (result < 0) return result;
+    limit[0] = limit[1];
+    const raised = setLimit(resource, &limit, null);
+    if (raised < 0) return raised;
+    return if (limit[0] == unlimited) 0 else 1;
+}
+
+fn setLimit(resource: u32, new: ?*const [2]u64, old: ?*[2]u64) i32 {
+    return sys.call(.prlimit64, .{ 0, resource, @intFromPtr(new), @intFromPtr(old), 0, 0 });
 }
 
 /// sched_setaffinity(2) of any thread: `cpus` is a bit set.

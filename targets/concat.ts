@@ -11,7 +11,6 @@
 
 import { UblkError, UsageError } from "../core/error.ts";
 import type { OpenContext, OpenTarget, TargetType } from "../core/target.ts";
-import { type BlockChoice, blockNotes, chooseBlock } from "./block_size.ts";
 import {
   type Backing,
   closeBacking,
@@ -72,10 +71,8 @@ function openFiles(
 ): OpenTarget & { spec: LoopSpec } {
   const backings: Backing[] = [];
   try {
-    const choice = chooseBlock({ ...options, files: paths, chunkBytes, joined: true }, context);
-    const chosen = { ...options, ...(choice.blockBytes && { blockBytes: choice.blockBytes }) };
-    for (const file of paths) backings.push(openBacking({ ...chosen, file }, context));
-    return describe(backings, chosen, chunkBytes, choice, context);
+    for (const file of paths) backings.push(openBacking({ ...options, file }, context));
+    return describe(backings, options, chunkBytes, context);
   } catch (error) {
     for (const { fd } of backings) context.shim.native.ubd_close(fd);
     throw error;
@@ -86,7 +83,6 @@ function describe(
   backings: readonly Backing[],
   options: Omit<LoopOptions, "file">,
   chunkBytes: number,
-  choice: BlockChoice,
   context: OpenContext,
 ): OpenTarget & { spec: LoopSpec } {
   const readOnly = options.readOnly ?? false;
@@ -116,7 +112,6 @@ function describe(
     notes: [
       ...(buffered.length === 0 ? ["direct I/O"] : []),
       ...buffered.map(({ path, note }) => `buffered I/O on ${path}: ${note}`),
-      ...blockNotes(choice, blockBytes),
       ...notes,
     ],
     spec: {

@@ -22,6 +22,8 @@ export interface ModuleSpec {
   directory: string;
   /** What `share` answered, once it has. */
   shared?: unknown;
+  /** Only to see that it can be: it is not opened, and serves nothing. */
+  loadOnly?: boolean;
 }
 
 /** Whether a target's name is a URL, for `http`. */
@@ -77,6 +79,12 @@ export async function openModule(
 ): Promise<ServedTarget> {
   const definition = await loadModule(spec.file);
   const options = parseOptions(definition, spec.options, spec.directory);
+  if (spec.loadOnly) {
+    const handler = () => {
+      throw new Error("it is only loaded");
+    };
+    return { handler };
+  }
   try {
     return await openDefinition(definition, options, spec.shared, log);
   } catch (error) {

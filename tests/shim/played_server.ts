@@ -4,7 +4,7 @@
  * place of serving. Prints how the start came out, as JSON.
  */
 import { spawnSync } from "node:child_process";
-import { writeSync } from "node:fs";
+import { readFileSync, writeSync } from "node:fs";
 import process from "node:process";
 import { toFailure } from "../../cli/exit.ts";
 import { answer, SERVE_VERB, type ServerSpec, startServer } from "../../cli/start_server.ts";
@@ -31,6 +31,11 @@ const PLAYS: Record<string, () => void> = {
     console.log("last words");
     answer({ type: "failed", failure: { message: "as it was told", exitCode: 4 } });
     process.exit(4);
+  },
+  limits() {
+    writeSync(2, readFileSync("/proc/self/limits", "utf8"));
+    answer({ type: "failed", failure: { message: "limits", exitCode: 1 } });
+    process.exit(1);
   },
   crash() {
     writeSync(2, "panic: \n");
