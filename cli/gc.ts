@@ -8,13 +8,13 @@
  * @module
  */
 
-import { existsSync } from "node:fs";
 import { basename, join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Command } from "commander";
 import { STATE_NAMES, UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
+import { Process } from "../core/proc.ts";
 import { makerOf, readState, removeStateName, stateDirectory, stateNames } from "../core/state.ts";
 import { charDeviceOpeners } from "../core/users.ts";
 import { deleteDevice } from "./del.ts";
@@ -110,7 +110,7 @@ async function abandoned(control: Control, id: number): Promise<Leftover | undef
   const server = known?.pid ?? makerOf(targetFlags);
   const needs: Leftover["needs"] = [];
   // One that still runs may be waiting for udev; whoever knows better can say so.
-  const gone = known || server !== undefined && !existsSync(`/proc/${server}`);
+  const gone = known || server !== undefined && !Process.find(server);
   if (!gone) needs.push("--all");
   if (state !== UBLK_S_DEV_DEAD) needs.push("--force");
   const who = gone
@@ -138,7 +138,7 @@ export function staleFiles(devices: readonly number[]): (Leftover & { file: stri
     if (id !== undefined && !devices.includes(Number(id))) {
       return [{ file, why: `there is no device ${id}`, needs: [] }];
     }
-    if (writer !== undefined && !existsSync(`/proc/${writer}`)) {
+    if (writer !== undefined && !Process.find(Number(writer))) {
       return [{ file, why: `process ${writer} is gone`, needs: [] }];
     }
     return [];

@@ -4,18 +4,18 @@
  * @module
  */
 
-import { existsSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import type { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { descriptorPath, isSameFile } from "../core/file_identity.ts";
+import { Process } from "../core/proc.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
-import { openInThread } from "../core/queue_thread.ts";
+import { openInThread, startQueueThread, unless } from "../core/queue_thread.ts";
 import { readState } from "../core/state.ts";
 import type { OpenTarget } from "../core/target.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
-import type { ModuleSpec } from "../targets/module.ts";
+import { MODULE_TARGET, type ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
 import { type BackingFile, filesOf, type HeldFiles, holdFiles } from "./backing_files.ts";
 import { deviceIds, isNoneOfOurs } from "./describe.ts";
@@ -29,33 +29,28 @@ const LOCK_PATIENCE_MS = 10_000;
  * the device's size: that may have changed since it was added.
  *
  * @param held the files of the spec.
- * @param goOn called before each try; may throw.
+ * @param signal ends the wait.
  * @returns the target, and its files, for the state file.
  */
 export async function openTarget(
   control: Control,
   spec: ServerSpec,
   held: HeldFiles,
-  goOn: () => void,
+  signal: AbortSignal,
   log: (text: string) => void,
 ): Promise<{ target: OpenTarget; files: readonly BackingFile[] }> {
   const { dialect, shim } = control;
   const { name } = spec.target;
   if (spec.recover === undefined) await refuseAwaited(control, spec, held.files);
-  if (isDefined(name)) return await openDefined(control, spec, held, log);
-  const known = spec.recover === undefined ? undefined : await control.getParams(spec.recover);
-  const options = {
+  if (isDefined(name)) return await openDefined(control, spec, held, signal, log);
+  const options = spec.recover === undefined ? spec.target.options : {
     ...spec.target.options,
-    // A partition table that was written meanwhile must not change its blocks.
-    ...(known && {
-      sizeBytes: Number(known.basic.dev_sectors) * SECTOR_BYTES,
-      blockBytes: 2 ** known.basic.logical_bs_shift,
-    }),
+    sizeBytes: Number((await control.getParams(spec.recover)).basic.dev_sectors) * SECTOR_BYTES,
   };
   const context = { shim, hasVolatileCache: dialect.hasVolatileCache, held: held.find };
   const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
   for (;;) {
-    goOn();
+    signal.throwIfAborted();
     try {
       const target = findTarget(name).open(options, context);
       return { target: letsGo(target, held), files: held.files };
@@ -73,6 +68,7 @@ async function openDefined(
   { shim }: Control,
   spec: ServerSpec,
   held: HeldFiles,
+  signal: AbortSignal,
   log: (text: string) => void,
 ): Promise<{ target: OpenTarget; files: readonly BackingFile[] }> {
   const { name, options } = spec.target;
@@ -93,6 +89,7 @@ async function openDefined(
     facts,
     shim,
     log,
+    signal,
   );
   if (!module) return { target: letsGo(target, held), files: held.files };
   try {
@@ -111,6 +108,23 @@ async function openDefined(
   }
 }
 
+/** That a module can be loaded is seen before the old server lets go. */
+export async function loadTarget(
+  { shim }: Control,
+  { target: { name, options } }: ServerSpec,
+  signal: AbortSignal,
+  log: (text: string) => void,
+): Promise<void> {
+  if (name !== MODULE_TARGET) return;
+  const target = { name, spec: { ...options, loadOnly: true } };
+  const thread = startQueueThread(queueThreadEntry, target, 0, shim, log);
+  try {
+    await unless(signal, thread.opened);
+  } finally {
+    thread.abandon();
+  }
+}
+
 /** Whoever waits for the device's end may unmount what its files were on. */
 function letsGo(target: OpenTarget, held: HeldFiles): OpenTarget {
   return {
@@ -126,7 +140,7 @@ function letsGo(target: OpenTarget, held: HeldFiles): OpenTarget {
 async function hasServer(control: Control, id?: number): Promise<UblkError | undefined> {
   if (id === undefined) return undefined;
   const { pid } = await control.getDeviceInfo(id);
-  if (pid <= 0 || !existsSync(`/proc/${pid}`)) return undefined;
+  if (pid <= 0 || !Process.find(pid)) return undefined;
   const hint = `its server, process ${pid}, is alive; ubd upgrade -n ID replaces it by another`;
   return new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
 }
@@ -176,7 +190,7 @@ async function awaitsServer(control: Control, id: number): Promise<boolean> {
     const { state, targetFlags } = await control.getDeviceInfo(id);
     const known = readState(id, targetFlags);
     if (!known) return false; // It is another device.
-    if (state === UBLK_S_DEV_LIVE) return !existsSync(`/proc/${known.pid}`);
+    if (state === UBLK_S_DEV_LIVE) return !Process.find(known.pid);
     return state !== UBLK_S_DEV_DEAD;
   } catch (error) {
     if (isNoneOfOurs(error)) return false;

@@ -65,18 +65,19 @@ deviceTest("a handler that spins does not keep ubd del, nor a signal to the serv
   everywhere: "deno",
   limitS: 300,
 }, async (scene) => {
-  const spins = `size: 1024 ** 2, read({ offset, buffer }) { if (offset) ${LOOP} buffer.fill(0); }`;
+  const spins =
+    `size: 1024 ** 2, read({ offset, buffer }) { if (offset === 512 * 1024) ${LOOP} buffer.fill(0); }`;
   const file = writeModule(scene, "spins", spins);
   for (const supervised of [[], ["--supervise"]]) {
     const device = await scene.add(file, "--no-partscan", ...supervised);
-    const reader = read(scene, device, 8);
+    const reader = read(scene, device, 128);
     await scene.run(["sleep", "2"]);
     await scene.delForced(device);
     assert.notEqual((await reader.ended).code, 0);
     assert.ok(await until(() => servers().length === 0));
   }
   const device = await scene.add(file, "--no-partscan");
-  const reader = read(scene, device, 8);
+  const reader = read(scene, device, 128);
   await scene.run(["sleep", "2"]);
   process.kill(device.pid, "SIGTERM");
   scene.forget(device);
@@ -148,7 +149,7 @@ deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes
     scene,
     "slow",
     `size: 1024 ** 2, async read({ offset, buffer }) {
-      if (offset) await new Promise((resolve) => setTimeout(resolve, 8000));
+      if (offset === 512 * 1024) await new Promise((resolve) => setTimeout(resolve, 8000));
       buffer.fill(0);
     }`,
   );
@@ -158,7 +159,7 @@ deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes
     return { code, text: stdout + stderr };
   };
   const during = async (verb: string, act: (pid: number) => void) => {
-    const slow = read(scene, device, 4);
+    const slow = read(scene, device, 128);
     await scene.run(["sleep", "1"]);
     const job = scene.start(["ubd", verb, `${device.id}`]);
     const noted = async () => (await ask("info")).text.includes("quiescing");

@@ -29,8 +29,8 @@ deviceTest("a module may print: ubd log has it, upgrade and recover go on with i
     export default defineTarget({
       size: 1024 ** 2,
       read({ offset, buffer }) {
-        if (offset === 4096) writeSync(2, "its last words\\n"), process.kill(process.pid, "SIGSEGV");
-        if (offset === 8192) console.log("read of 8192");
+        if (offset === 512 * 1024) writeSync(2, "its last words\\n"), process.kill(process.pid, "SIGSEGV");
+        if (offset === 640 * 1024) console.log("read of 640K");
         buffer.fill(0);
       },
     });`,
@@ -47,17 +47,17 @@ deviceTest("a module may print: ubd log has it, upgrade and recover go on with i
       "count=1",
     ]);
   assert.match(device.stderr, /^ubd: \S+ is live/);
-  await read(2);
-  assert.match(await logOf(scene, device.id), /"type":"live".*\nloaded\n(.*\n)*read of 8192\n/);
+  await read(160);
+  assert.match(await logOf(scene, device.id), /"type":"live".*\nloaded\n(.*\n)*read of 640K\n/);
   assert.equal(statSync(`/run/ubd/${device.id}.log`).mode & 0o777, 0o600);
 
   const follower = scene.start(["ubd", "log", "-f", `${device.id}`]);
-  assert.ok(await until(() => follower.output().includes("read of 8192")));
+  assert.ok(await until(() => follower.output().includes("read of 640K")));
   const upgraded = await scene.ubd("upgrade", `${device.id}`);
   assert.equal(upgraded.code, 0, upgraded.stderr);
   assert.ok(await until(() => follower.output().split("loaded\n").length === 3), follower.output());
 
-  const dying = read(1);
+  const dying = read(128);
   assert.ok(await until(() => follower.output().includes("its last words")));
   await killServer(scene, scene.adopt(upgraded.stdout)).catch(() => {}); // It is gone already.
   const recovered = await scene.ubd("recover", `${device.id}`);
@@ -99,9 +99,8 @@ deviceTest(
     });`,
     );
     const device = await scene.add(file);
-    for (let i = 0; i < 8; i++) {
-      await scene.run(["dd", `if=${device.path}`, "of=/dev/null", "iflag=direct", "bs=4k"]);
-    }
+    const dd = ["dd", `if=${device.path}`, "of=/dev/null", "iflag=direct", "bs=4k", "count=8"];
+    assert.equal((await scene.run(dd)).code, 0);
     const short = () => statSync(`/run/ubd/${device.id}.log`).blocks * 512 < 1024 * 1024;
     assert.ok(await until(short));
     assert.match(await logOf(scene, device.id), /^x+\n/);

@@ -13,6 +13,8 @@ import fc from "fast-check";
 export interface Fuzzer {
   /** What is thrown at what, and what must hold: one line. */
   about: string;
+  /** How long its smoke takes, where a round is longer than a moment. Default: 1.5 s. */
+  smokeMs?: number;
   /**
    * One round. All chance comes from fast-check, so that a seed repeats it and a failure shrinks.
    *
@@ -51,6 +53,7 @@ export async function fuzz(
     interruptAfterTimeLimit: timeMs,
     markInterruptAsFailure: false,
     includeErrorInReport: true,
+    endOnFailure: canary,
   });
   return {
     rounds: details.numRuns,

@@ -10,7 +10,11 @@ const SEED = 1;
 for (const name of fuzzerNames()) {
   const fuzzer = await loadFuzzer(name);
   test(`fuzz ${name}: ${fuzzer.about}`, { timeout: 60_000 }, async () => {
-    const { rounds, failure } = await fuzz(fuzzer, { seed: SEED, timeMs: 1500, canary: false });
+    const { rounds, failure } = await fuzz(fuzzer, {
+      seed: SEED,
+      timeMs: fuzzer.smokeMs ?? 1500,
+      canary: false,
+    });
     assert.strictEqual(failure, undefined);
     assert.ok(rounds > 0);
   });
