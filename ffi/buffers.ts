@@ -99,7 +99,9 @@ export class BufferPool {
       if (isUsed(tag) && buffer !== this.sink) this.lend(buffer);
       else unused.add(buffer);
     }
+    // Whoever waits for a buffer's collection knows the pool: it must not keep one.
     this.tags.length = 0;
+    this.sink = undefined;
     for (const buffer of unused) this.revoke(buffer);
   }
 

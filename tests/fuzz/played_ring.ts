@@ -86,7 +86,7 @@ const moves = (op: number) => op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
 /** Of an operation: all is done, or less, or nothing. */
 export const OUTCOMES = ["all", "all", "all", "half", "none", "EAGAIN", "ENOSPC"] as const;
 
-export class PlayedRing {
+export class PlayedRing implements Disposable {
   readonly mode: Mode;
   /** What READs must find; undefined: anything. */
   readonly model: (number | undefined)[] = new Array(DISK_SECTORS).fill(0);
@@ -169,6 +169,12 @@ export class PlayedRing {
       descriptorBytes: 4096,
       ...(!this.copies && { zeroCopy }),
     };
+  }
+
+  /** A pool is known until its buffers are collected, and knows this ring: it must not keep them. */
+  [Symbol.dispose](): void {
+    this.memoryAt.clear();
+    this.playOn = () => false;
   }
 
   private get copies(): boolean {

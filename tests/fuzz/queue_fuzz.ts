@@ -235,7 +235,7 @@ function act(ring: PlayedRing, clock: PlayedClock, action: Action): void {
 
 /** @throws what went wrong. @param breaks plants a bug. */
 export async function play(script: Play, breaks: (queue: Queue) => void = () => {}): Promise<void> {
-  const ring = new PlayedRing(script.mode);
+  using ring = new PlayedRing(script.mode);
   ring.outcomes = script.outcomes;
   ring.failsEach = script.failsEach;
   const clock = new PlayedClock();

@@ -118,3 +118,12 @@ test("what nobody sees any more is unmapped; what was lent only loses its pages"
   assert.ok(dropped.length >= 2 && dropped.every(([, unmap]) => unmap), `${dropped}`);
   assert.ok(dropped.every(([address]) => address !== 4), "a view of it is left");
 });
+
+test("what tags have shared is unmapped, too, when the pool is closed", async () => {
+  const { pool, dropped, mapped } = setUp(1);
+  while (pool.renew(0)) { /* until there are no more */ }
+  const shared = mapped();
+  pool.close(() => true);
+  await collect(() => dropped.some(([address]) => address === shared));
+  assert.ok(dropped.some(([address, unmap]) => address === shared && unmap));
+});
