@@ -26,6 +26,9 @@ const PATIENCE_MS = 1000;
 /** To ask for a file there may take for ever. */
 const REMOTE = /^(nfs|cifs|smb|fuse|9p|virtiofs|ceph|afs|autofs|coda|lustre|glusterfs|orangefs)/;
 
+/** As on all machines but a few that ubd does not run on. */
+const O_PATH = 0o10000000;
+
 /** What may take for ever is given so long. */
 const STAT_PATIENCE_MS = 500;
 
@@ -337,9 +340,10 @@ async function openedNumber(
 ): Promise<string | undefined> {
   const path = `/proc/${pid}/fd/${fd}`;
   try {
-    const [, mount = ""] = /^mnt_id:\s*(\d+)/m.exec(
-      readFileSync(`/proc/${pid}/fdinfo/${fd}`, "utf8"),
-    ) ?? [];
+    const info = readFileSync(`/proc/${pid}/fdinfo/${fd}`, "utf8");
+    const [, flags = ""] = /^flags:\s*(\d+)/m.exec(info) ?? [];
+    if (parseInt(flags, 8) & O_PATH) return undefined; // It holds the node, not the device.
+    const [, mount = ""] = /^mnt_id:\s*(\d+)/m.exec(info) ?? [];
     // One that is mounted nowhere any more may be remote, too.
     return answering.has(mount) ? numberOf(statSync(path), kind) : await numberAt(path, kind);
   } catch {

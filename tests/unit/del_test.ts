@@ -2,8 +2,11 @@
 /** deleteDevice, with a driver that answers from memory, and a real process as the server. */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import process from "node:process";
-import { test } from "node:test";
+import { after, test } from "node:test";
 import { type DeviceInfo, UBLK } from "../../abi/dialect.ts";
 import {
   UBLK_F_SAFE_STOP_DEV,
@@ -19,10 +22,25 @@ import { Process } from "../../core/proc.ts";
 import { writeState } from "../../core/state.ts";
 import { Shim } from "../../ffi/mod.ts";
 
+const TIMEOUT = { timeout: 60_000 };
+
 const ID = 3_000_000 + process.pid;
 
-/** As if the device's character device were one that nobody else has open. */
-const DIALECT = { ...UBLK, charClass: "mem", charName: () => "full" };
+/**
+ * As if a device's character device were another one: /dev/full for what has a server, which tests
+ * beside this one may have open, and else one that nobody can have.
+ */
+const SYSFS = mkdtempSync(join(tmpdir(), "ubd-sysfs-"));
+for (const [name, number] of [["full", "1:7"], ["nobody", "1:250"]] as const) {
+  mkdirSync(join(SYSFS, name));
+  writeFileSync(join(SYSFS, name, "dev"), `${number}\n`);
+}
+after(() => rmSync(SYSFS, { recursive: true }));
+const dialect = (served: boolean) => ({
+  ...UBLK,
+  charClass: `../..${SYSFS}`,
+  charName: () => served ? "full" : "nobody",
+});
 
 type Answer = number | Promise<void> | (() => Promise<void>) | undefined;
 const COMMANDS = ["stopDevice", "tryStopDevice", "deleteDevice", "deleteDeviceLater"] as const;
@@ -45,7 +63,7 @@ function fakeControl(
       ? Promise.reject(UblkError.from(-19, "GET_DEV_INFO"))
       : Promise.resolve({ id: ID, pid: -1, state: UBLK_S_DEV_DEAD, ...info });
   const control = {
-    dialect: DIALECT,
+    dialect: dialect((info.pid ?? -1) > 0),
     shim: new Shim(),
     features,
     isUnprivileged: () => false,
@@ -87,15 +105,19 @@ test("without --force, the driver is asked whether somebody has it open, where i
   assert.deepStrictEqual(forced.asked, ["stopDevice", "deleteDeviceLater"]);
 });
 
-test("a user that the driver knows and nobody sees keeps the device, and is told of honestly", async () => {
-  const live = { state: UBLK_S_DEV_LIVE };
-  const { control, asked } = fakeControl({ tryStopDevice: -16 }, live, UBLK_F_SAFE_STOP_DEV);
-  await assert.rejects(deleteDevice(control, ID, {}), {
-    errno: "EBUSY",
-    message: /the driver says that somebody has it open, and nobody is to be seen from here/,
-  });
-  assert.deepStrictEqual([...new Set(asked)], ["tryStopDevice"]);
-});
+test(
+  "a user that the driver knows and nobody sees keeps the device, and is told of honestly",
+  TIMEOUT,
+  async () => {
+    const live = { state: UBLK_S_DEV_LIVE };
+    const { control, asked } = fakeControl({ tryStopDevice: -16 }, live, UBLK_F_SAFE_STOP_DEV);
+    await assert.rejects(deleteDevice(control, ID, {}), {
+      errno: "EBUSY",
+      message: /the driver says that somebody has it open, and nobody is to be seen from here/,
+    });
+    assert.deepStrictEqual([...new Set(asked)], ["tryStopDevice"]);
+  },
+);
 
 const skip = process.getuid!() !== 0 && "needs root";
 
@@ -119,6 +141,7 @@ async function played(id: number, state: number, opened: string, script = "") {
 
 test("a stop that takes long is told to the server, and to nobody who has its id now", {
   skip,
+  ...TIMEOUT,
 }, async () => {
   const told = Promise.withResolvers<void>();
   // The server last: when it has been told, it was the others' turn before.
@@ -147,6 +170,7 @@ test("a stop that takes long is told to the server, and to nobody who has its id
 
 test("a stopped server is told of at once, and --force ends it before it says success", {
   skip,
+  ...TIMEOUT,
 }, async () => {
   const { info, pid, signal } = await played(ID, UBLK_S_DEV_LIVE, "/dev/full");
   await signal("SIGSTOP", "T");
@@ -164,6 +188,7 @@ test("a stopped server is told of at once, and --force ends it before it says su
 
 test("who is no server of ubd's is waited for until it lets go, and never killed", {
   skip,
+  ...TIMEOUT,
 }, async () => {
   const server = await played(ID, UBLK_S_DEV_LIVE, "/dev/full", "read -t 1.5 <> <(:); exec 5<&-;");
   const { child, ended, info, pid } = server;
