@@ -142,16 +142,6 @@ function refuseOptionsOfOthers(name: string, defined: boolean, given: AddOptions
   }
 }
 
-/** `--offset 2048` means sectors to `ublk` and bytes to `losetup`: a unit must say which. */
-function parseOffset(text: string): number {
-  if (/^\d+$/.test(text) && text !== "0") {
-    throw new UsageError(
-      `Offset "${text}": say ${text}s for sectors (what ublk means) or ${text}B for bytes`,
-    );
-  }
-  return parseSize(text, "Offset");
-}
-
 /** A flag of `ublk` that is on or off. */
 function parseSwitch(flag: string): (value: string) => boolean {
   return (value) => {
@@ -305,12 +295,16 @@ export function defineDeviceOptions(command: Command): Command {
       ).argParser(size("Size")),
     )
     .addOption(
-      option("--block-size <size>", "logical block: 512, 1K, 2K or 4K; files: 512", TARGET)
+      option(
+        "--block-size <size>",
+        "logical block: 512, 1K, 2K or 4K; what a partition table is for, or 512",
+        TARGET,
+      )
         .argParser(size("Block size")),
     )
     .addOption(
-      option("--offset <size>", "loop: where the device starts, with a unit", TARGET)
-        .argParser(parseOffset),
+      option("--offset <size>", "loop: where the device starts, in bytes as losetup has it", TARGET)
+        .argParser(size("Offset")),
     )
     .addOption(
       option("-o <sectors>", "loop: the same in sectors of 512 bytes", TARGET)

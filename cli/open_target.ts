@@ -43,9 +43,14 @@ export async function openTarget(
   const { name } = spec.target;
   if (spec.recover === undefined) await refuseAwaited(control, spec, held.files);
   if (isDefined(name)) return await openDefined(control, spec, held, signal, log);
-  const options = spec.recover === undefined ? spec.target.options : {
+  const known = spec.recover === undefined ? undefined : await control.getParams(spec.recover);
+  const options = {
     ...spec.target.options,
-    sizeBytes: Number((await control.getParams(spec.recover)).basic.dev_sectors) * SECTOR_BYTES,
+    // A partition table that was written meanwhile must not change its blocks.
+    ...(known && {
+      sizeBytes: Number(known.basic.dev_sectors) * SECTOR_BYTES,
+      blockBytes: 2 ** known.basic.logical_bs_shift,
+    }),
   };
   const context = { shim, hasVolatileCache: dialect.hasVolatileCache, held: held.find };
   const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);

@@ -65,13 +65,16 @@ async function resize(
     const hint = "it is not LIVE: see ubd list";
     throw new UblkError({ errno: "EINVAL", operation: "UPDATE_SIZE", device: id, hint });
   }
-  const before = Number((await control.getParams(id)).basic.dev_sectors) * SECTOR_BYTES;
+  const { basic } = await control.getParams(id);
+  const before = Number(basic.dev_sectors) * SECTOR_BYTES;
   const { name, options } = (spec as ServerSpec).target;
   if (isDefined(name)) {
     const hint = "a target of your own has the size that its open() said, as long as it is served";
     throw new UblkError({ errno: "EOPNOTSUPP", operation: "resize", device: id, hint });
   }
-  const { sizeBytes: _, ...rest } = options;
+  const { sizeBytes: _, ...others } = options;
+  // Whatever was chosen when it was added.
+  const rest = { ...others, blockBytes: 2 ** basic.logical_bs_shift };
   const { shim, dialect } = control;
   // What its server has open is the device's, whatever has the name by now.
   const held = holdFiles(shim, filesOf(spec as ServerSpec), {

@@ -11,6 +11,7 @@
 
 import { UblkError, UsageError } from "../core/error.ts";
 import type { OpenContext, OpenTarget, TargetType } from "../core/target.ts";
+import { type BlockChoice, blockNotes, chooseBlock } from "./block_size.ts";
 import {
   type Backing,
   closeBacking,
@@ -71,8 +72,10 @@ function openFiles(
 ): OpenTarget & { spec: LoopSpec } {
   const backings: Backing[] = [];
   try {
-    for (const file of paths) backings.push(openBacking({ ...options, file }, context));
-    return describe(backings, options, chunkBytes, context);
+    const choice = chooseBlock({ ...options, files: paths, chunkBytes, joined: true }, context);
+    const chosen = { ...options, ...(choice.blockBytes && { blockBytes: choice.blockBytes }) };
+    for (const file of paths) backings.push(openBacking({ ...chosen, file }, context));
+    return describe(backings, chosen, chunkBytes, choice, context);
   } catch (error) {
     for (const { fd } of backings) context.shim.native.ubd_close(fd);
     throw error;
@@ -83,6 +86,7 @@ function describe(
   backings: readonly Backing[],
   options: Omit<LoopOptions, "file">,
   chunkBytes: number,
+  choice: BlockChoice,
   context: OpenContext,
 ): OpenTarget & { spec: LoopSpec } {
   const readOnly = options.readOnly ?? false;
@@ -112,6 +116,7 @@ function describe(
     notes: [
       ...(buffered.length === 0 ? ["direct I/O"] : []),
       ...buffered.map(({ path, note }) => `buffered I/O on ${path}: ${note}`),
+      ...blockNotes(choice, blockBytes),
       ...notes,
     ],
     spec: {

@@ -43,6 +43,7 @@ import { descriptorPath, holdFile } from "../core/file_identity.ts";
 import { contents, namesIn } from "../core/proc.ts";
 import type { Queue } from "../core/queue.ts";
 import type { OpenContext, RequestHandler, ServeContext, TargetType } from "../core/target.ts";
+import { blockNotes, chooseBlock } from "./block_size.ts";
 import { type Extent, Layout, type Place } from "./layout.ts";
 
 export interface LoopOptions {
@@ -51,11 +52,11 @@ export interface LoopOptions {
   readOnly?: boolean;
   /** Go through the page cache even where direct I/O works. */
   buffered?: boolean;
-  /** Where the device starts in the file, in bytes; a multiple of the block size. */
+  /** Where the device starts in the file, in bytes. */
   offsetBytes?: number;
   /** Default: up to the end of the file. */
   sizeBytes?: number;
-  /** Default: 512 for files, the backing's own for block devices. */
+  /** Default: what a partition table is for, else 512 for files, the backing's own for block devices. */
   blockBytes?: number;
   /** Serve even a file that another process has locked, or a device in use. */
   force?: boolean;
@@ -107,10 +108,15 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
   name: "loop",
 
   open(options, context) {
-    const backing = openBacking(options, context);
     const path = options.file;
+    const choice = chooseBlock(
+      { ...options, files: [path], chunkBytes: 0, joined: false },
+      context,
+    );
+    const chosen = { ...options, ...(choice.blockBytes && { blockBytes: choice.blockBytes }) };
+    const backing = openBacking(chosen, context);
     try {
-      const extent = measure(options, backing);
+      const extent = measure(chosen, backing);
       const readOnly = options.readOnly ?? false;
       const discardBytes = readOnly ? 0 : discardUnit(backing, context);
       const zeroFd = openOrThrow(context.shim.open("/dev/zero", constants.O_RDONLY), "/dev/zero");
@@ -127,11 +133,14 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
         facts: {
           backing_file: path,
           direct_io: backing.direct ? 1 : 0,
-          offset: extent.offsetBytes / 512,
+          ...(extent.offsetBytes % 512
+            ? { offset_bytes: extent.offsetBytes }
+            : { offset: extent.offsetBytes / 512 }),
           read_only: readOnly ? 1 : 0,
         },
         notes: [
           backing.direct ? "direct I/O" : `buffered I/O: ${backing.note}`,
+          ...blockNotes(choice, extent.blockBytes),
           ...extent.notes,
         ],
         spec: {
@@ -319,6 +328,7 @@ function directObstacle(
     }
     if (offset % offsetAlign) return `the offset is no multiple of ${offsetAlign}`;
   }
+  if (offset % 512) return "the offset is no multiple of 512";
   // The proof: some file systems know no better, or answer EINVAL only when it is tried.
   const read = native.ubd_probe_read(fd, unit || 512, offset);
   return read < 0 ? `direct I/O of ${unit || 512} bytes fails: ${errnoName(-read)}` : undefined;
@@ -395,9 +405,6 @@ export function measure(options: LoopOptions, backing: Backing) {
       `Cannot serve ${path}: it is empty (truncate -s 1G ${path} gives it a size)`,
     );
   }
-  if (offsetBytes % blockBytes) {
-    throw new UsageError(`Offset ${offsetBytes}: it must be a multiple of ${blockBytes} bytes`);
-  }
   const available = backing.bytes - offsetBytes;
   if (available <= 0) {
     throw new UsageError(`Offset ${offsetBytes}: ${path} ends at ${backing.bytes} bytes`);
@@ -407,14 +414,15 @@ export function measure(options: LoopOptions, backing: Backing) {
       `Cannot serve ${path}: ${available} bytes from offset ${offsetBytes} are less than a sector`,
     );
   }
-  if (backing.isBlockDevice && options.sizeBytes === undefined && available % blockBytes) {
+  const isCut = backing.isBlockDevice && available % blockBytes !== 0;
+  if (isCut && options.sizeBytes === undefined && offsetBytes % blockBytes === 0) {
     throw new UsageError(
       `Block size ${blockBytes}: ${path} has ${available} bytes, no multiple of it`,
     );
   }
   // A file need not fill the last block.
   const sizeMax = backing.isBlockDevice
-    ? available
+    ? available - available % blockBytes
     : Math.ceil(available / blockBytes) * blockBytes;
   const sizeBytes = options.sizeBytes ?? sizeMax;
   if (sizeBytes > sizeMax) {

@@ -7,6 +7,7 @@
  */
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
+import { crc32 } from "node:zlib";
 import { execFileSync } from "node:child_process";
 import {
   existsSync,
@@ -650,8 +651,6 @@ test("loop's open refuses windows that are not there, and takes the last one tha
   const file = image(8192);
   mistake(file, { offsetBytes: 8192 }, "usage", /^Offset 8192: .* ends at 8192 bytes/);
   mistake(file, { offsetBytes: 16384 }, "usage", /^Offset 16384: .* ends at 8192 bytes/);
-  mistake(file, { offsetBytes: 100 }, "usage", /^Offset 100: it must be a multiple of 512/);
-  mistake(file, { offsetBytes: 512, blockBytes: 4096 }, "usage", /multiple of 4096 bytes/);
   mistake(file, { sizeBytes: 8704 }, "usage", /^Size 8704: .* has 8192 bytes from offset 0/);
   mistake(file, { offsetBytes: 512, sizeBytes: 8192 }, "usage", /^Size 8192: .* 7680 bytes/);
   mistake(file, { sizeBytes: 1000 }, "usage", /^Size 1000: it must be a multiple of 512/);
@@ -696,6 +695,95 @@ test("loop's open says why I/O is buffered", () => {
   withTarget(file, {}, ({ notes, facts }) => {
     assert.match(notes[0]!, facts.direct_io ? /^direct I\/O$/ : /^buffered I\/O: ./);
   });
+});
+
+test("loop starts at any byte, as losetup does: buffered, and it says why", () => {
+  const file = image(65536);
+  const expected = pattern(65536);
+  for (const offsetBytes of [1, 100, 511, 1537]) {
+    withTarget(file, { offsetBytes }, (target) => {
+      const { notes, facts, limits } = target;
+      assert.strictEqual(limits.sizeBytes, Math.ceil((65536 - offsetBytes) / 512) * 512);
+      assert.ok(notes.includes("buffered I/O: the offset is no multiple of 512"), notes.join());
+      assert.deepStrictEqual([facts.offset, facts.offset_bytes], [undefined, offsetBytes]);
+      const data = new Uint8Array(1024).fill(offsetBytes & 0xff);
+      const [read, write] = serve(target, [
+        { op: READ, sector: 2, sectors: 8 },
+        { op: WRITE, sector: 5, sectors: 2, data },
+      ]);
+      const from = offsetBytes + 1024;
+      assert.deepStrictEqual(Buffer.from(read!.data), expected.subarray(from, from + 4096));
+      assert.strictEqual(write!.result, 1024);
+      expected.set(data, offsetBytes + 2560);
+    });
+    assert.deepStrictEqual(readFileSync(file), expected, `offset ${offsetBytes}`);
+  }
+  withTarget(file, { offsetBytes: 1536 }, ({ facts }) => assert.strictEqual(facts.offset, 3));
+});
+
+/** A GPT's beginning, for sectors of this size. */
+function gpt(sectorBytes: number, bytes: number): Buffer {
+  const disk = Buffer.alloc(bytes);
+  disk.set([0, 0, 0, 0, 0xee, 0, 0, 0, 1, 0, 0, 0, 0xff], 446);
+  disk.set([0x55, 0xaa], 510);
+  const header = disk.subarray(sectorBytes, sectorBytes + 92);
+  header.write("EFI PART");
+  header.writeUInt32LE(92, 12);
+  header.writeUInt32LE(1, 24);
+  header.writeUInt32LE(crc32(header), 16);
+  return disk;
+}
+
+test("loop, concat and stripe have the blocks that a partition table is for, and say so", () => {
+  const chosen = (bytes: number) =>
+    `blocks of ${bytes} bytes, which its GPT partition table is for`;
+  const other = (table: number, blocks: number) =>
+    `its GPT partition table is for sectors of ${table} bytes, so its partitions do not appear ` +
+    `in blocks of ${blocks}: --block-size ${table}`;
+  const of = (file: string, options: Options) =>
+    withTarget(file, options, ({ limits, notes }) => ({
+      blocks: limits.blockBytes,
+      size: limits.sizeBytes,
+      note: notes.find((note) => note.includes("partition table")),
+    }));
+  const size = 65536;
+  for (const sectorBytes of [1024, 2048, 4096]) {
+    const file = image(gpt(sectorBytes, size));
+    assert.deepStrictEqual(of(file, {}), { blocks: sectorBytes, size, note: chosen(sectorBytes) });
+    assert.strictEqual(of(file, { blockBytes: sectorBytes }).note, undefined);
+    const asked = { blocks: 512, size, note: other(sectorBytes, 512) };
+    assert.deepStrictEqual(of(file, { blockBytes: 512 }), asked);
+    // A size that is no multiple works as it did; a file's end is rounded up.
+    const sizeBytes = size - 512;
+    assert.deepStrictEqual(of(file, { sizeBytes }), { ...asked, size: sizeBytes });
+    const shifted = image(Buffer.concat([Buffer.alloc(512), gpt(sectorBytes, size + 512)]));
+    const moved = of(shifted, { offsetBytes: 512 });
+    assert.deepStrictEqual([moved.blocks, moved.note], [sectorBytes, chosen(sectorBytes)]);
+    assert.strictEqual(moved.size % sectorBytes, 0);
+  }
+  const usual = image(gpt(512, size));
+  assert.deepStrictEqual(of(usual, {}), { blocks: 512, size, note: undefined });
+  assert.strictEqual(of(usual, { blockBytes: 4096 }).note, other(512, 4096));
+
+  const disk = gpt(4096, size);
+  const halves = [image(disk.subarray(0, 32768)), image(disk.subarray(32768))];
+  // By turns of 4096 bytes: the header, in the second, is in the second file.
+  const turns = [0, 4096].map((from) => {
+    const chunks = Array.from({ length: 8 }, (_, turn) => turn * 8192 + from);
+    return image(Buffer.concat(chunks.map((at) => disk.subarray(at, at + 4096))));
+  });
+  const odd = [halves[0]!, image(512)];
+  const joined: [OpenTarget, number, string][] = [
+    [concatTarget.open({ files: halves }, CONTEXT), 4096, chosen(4096)],
+    [stripeTarget.open({ files: turns, chunkBytes: 4096 }, CONTEXT), 4096, chosen(4096)],
+  ];
+  for (const [target] of joined) target.close();
+  joined.push([concatTarget.open({ files: odd }, CONTEXT), 512, other(4096, 512)]);
+  joined.at(-1)![0].close();
+  for (const [{ limits, notes }, blocks, note] of joined) {
+    assert.strictEqual(limits.blockBytes, blocks);
+    assert.ok(notes.includes(note), notes.join());
+  }
 });
 
 test("loop's close leaves no descriptor", () => {

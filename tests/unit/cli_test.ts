@@ -274,7 +274,7 @@ test("ubd add finds mistakes in the target before it opens the driver", TIMEOUT,
   mistake(["add", "loop", "/a", "-f", "/b"], 'Name the file once: "/a", or -f /b');
   mistake(["add", "null", "/a"], /^ubd: Target null takes no file: that is for loop, /);
   mistake(["add", "null", "--ro"], /^ubd: Target null takes no --ro: that is for loop, /);
-  mistake(["add", "loop", "/a", "--offset", "2048"], /^ubd: Offset "2048": say 2048s for sectors/);
+  mistake(["add", "loop", "/a", "--offset", "2x"], /^ubd: Offset "2x": say bytes, or a number/);
   mistake(
     ["add", "loop", "/a", "--chunk", "4K"],
     "Target loop takes no --chunk: that is for stripe",
