@@ -17,7 +17,7 @@ import { chooseDialect, type Dialect, UBLK } from "../abi/dialect.ts";
 import { errnoName } from "../abi/errno.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
-import { contents, namesIn } from "../core/proc.ts";
+import { contents, namesIn, Process } from "../core/proc.ts";
 import { swapPaths } from "../core/users.ts";
 import { Shim } from "../ffi/mod.ts";
 import { describeAll } from "./describe.ts";
@@ -460,7 +460,7 @@ function isLocked(pid: number): boolean {
 }
 
 function isAlive(pid: number): boolean {
-  return pid > 0 && existsSync(`/proc/${pid}`);
+  return pid > 0 && Process.find(pid) !== undefined;
 }
 
 /** @param ids of the devices there are. */
