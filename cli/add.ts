@@ -54,6 +54,7 @@ export interface AddOptions {
   number: number;
   queues: number;
   depth: number;
+  threads?: number;
   maxIoSize: number;
   memoryAlign?: number;
   segments?: number;
@@ -223,12 +224,16 @@ export function defineDeviceOptions(command: Command): Command {
         .default(-1).argParser(integer("Device id")),
     )
     .addOption(
-      option("-q, --queues <count>", "hardware queues, a thread each", DEVICE)
+      option("-q, --queues <count>", "hardware queues", DEVICE)
         .default(QUEUES_DEFAULT).argParser(integer("Number of queues")),
     )
     .addOption(
       option("-d, --depth <count>", "requests in flight for each queue", DEVICE)
         .default(DEPTH_DEFAULT).argParser(integer("Queue depth")),
+    )
+    .addOption(
+      option("--threads <count>", "threads that serve the queues (default: one each)", DEVICE)
+        .argParser(integer("Number of threads")),
     )
     .addOption(
       option("--max-io-size <size>", `largest request (default: ${IO_SIZES})`, DEVICE)
@@ -464,6 +469,7 @@ export function toSpec(
     id: options.number,
     queues: options.queues,
     depth: options.depth,
+    ...(options.threads !== undefined && { threads: options.threads }),
     ioBytesMax: options.max_io_buf_bytes ?? options.maxIoSize,
     compInTask: options.uring_comp ?? false,
     noPartScan: !options.partscan,

@@ -113,9 +113,21 @@ async function listVerbosely(control: Control, devices: readonly DeviceFacts[]):
   for (const facts of devices) {
     const params = control.dialect.hasParams ? await control.getParams(facts.id) : {};
     const { queueThreads: _, target, ...device } = facts;
-    const queues = Object.fromEntries(facts.queueThreads.map((queue) => [queue.qid, queue]));
+    const queues: Record<number, unknown> = {};
+    for (const [qid, [first, ...rest]] of Map.groupBy(facts.queueThreads, ({ qid }) => qid)) {
+      const others = rest.map(({ tid, affinity }) => ({ tid, affinity }));
+      queues[qid] = { ...first, ...(others.length > 0 && { others }) };
+    }
     printJson({ dev_info: device, params, queues, target }, 4);
   }
+}
+
+/** Where it is not one for each queue. */
+function wordsOfThreads({ queueThreads, queues }: DeviceFacts): string {
+  const threads = new Set(queueThreads.map(({ tid }) => tid)).size;
+  return threads === 0 || threads === queues
+    ? ""
+    : `, served by ${threads} thread${threads === 1 ? "" : "s"}`;
 }
 
 async function info(id: number, { json }: ListOptions): Promise<void> {
@@ -140,7 +152,11 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
       : [["deleted", whenFree(facts.heldBy)] as [string, string]]),
     ["size", `${formatSize(facts.sizeBytes)} (${facts.sizeBytes} bytes)`],
     ["block", `${facts.blockBytes} bytes${facts.readOnly ? ", read-only" : ""}`],
-    ["queues", `${facts.queues} of depth ${facts.depth}, up to ${formatSize(facts.maxIoBytes)}`],
+    [
+      "queues",
+      `${facts.queues} of depth ${facts.depth}, up to ${formatSize(facts.maxIoBytes)}` +
+      wordsOfThreads(facts),
+    ],
     ...(params ? wordsOf(params) : []),
     ["served by", ours ? served : `${served}, not of ubd`],
     ...(facts.supervisor === undefined

@@ -275,6 +275,7 @@ async function begin(
       })
       : Device.recover(control, recover, {
         ...served,
+        threads: spec.device.threads,
         nodes: before?.nodes ?? [],
         confirm({ targetFlags }) {
           // Patience may have outlasted the device, and another one may have its id.

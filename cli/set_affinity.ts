@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/** `ubd set_affinity`: on which CPUs the thread of a queue may run. @module */
+/** `ubd set_affinity`: on which CPUs the threads of a queue may run. @module */
 
 import { readFileSync } from "node:fs";
 import type { Command } from "commander";
@@ -19,9 +19,10 @@ interface SetAffinityOptions {
 export function defineSetAffinity(program: Command): void {
   program.command("set_affinity")
     .alias("set-affinity")
-    .summary("choose the CPUs of a queue's thread")
+    .summary("choose the CPUs of a queue's threads")
     .description(
-      "Chooses the CPUs on which the thread of a queue may run, until its server ends.\n\n" +
+      "Chooses the CPUs on which the thread of a queue may run, or the threads that share it, until " +
+        "its server ends. Queues that have one thread move together.\n\n" +
         '  ubd set_affinity -n 0 -q 0 --cpuset "[0,2]"',
     )
     .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
@@ -43,15 +44,16 @@ async function setAffinity(
     throw new UsageError(`Queue ${queue}: device ${id} has queues 0 to ${queues - 1}`);
   }
   const operation = "set_affinity";
-  const thread = queueThreads.find(({ qid }) => qid === queue);
-  if (!thread || !isThreadOf(pid, thread.tid)) {
+  const threads = queueThreads.filter(({ qid }) => qid === queue);
+  if (threads.length === 0 || !threads.every(({ tid }) => isThreadOf(pid, tid))) {
     const hint = "nobody serves it, or another program does, whose threads are not known";
     throw new UblkError({ errno: "ESRCH", operation, device: id, hint });
   }
   const mask = new Uint8Array(1024);
   for (const cpu of cpuset) mask[cpu >> 3]! |= 1 << (cpu & 7);
-  const result = control.shim.native.ubd_set_affinity(thread.tid, mask);
-  if (result < 0) {
+  for (const { tid } of threads) {
+    const result = control.shim.native.ubd_set_affinity(tid, mask);
+    if (result >= 0) continue;
     const hint = { EINVAL: "none of these CPUs is online", EPERM: "run as root" };
     const error = UblkError.from(result, operation);
     const known = hint[error.errno as keyof typeof hint];
@@ -59,7 +61,9 @@ async function setAffinity(
   }
   const { queueThreads: now } = await describeDevice(control, id);
   const { affinity } = now.find(({ qid }) => qid === queue) ?? { affinity: cpuset };
-  if (json) printJson({ id, queue, tid: thread.tid, affinity });
+  const [tid, ...others] = threads.map((thread) => thread.tid);
+  const more = others.length > 0 && { others };
+  if (json) printJson({ id, queue, tid, ...more, affinity });
   else tell(`queue ${queue} of device ${id} runs on CPU ${affinity}`);
 }
 

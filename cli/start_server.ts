@@ -43,10 +43,10 @@ import { passOn } from "./output.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
 export interface ServerSpec {
-  device: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax" | "memory"> & DataWish & {
-    compInTask: boolean;
-    noPartScan: boolean;
-  };
+  device:
+    & Pick<DeviceOptions, "id" | "queues" | "depth" | "threads" | "ioBytesMax" | "memory">
+    & DataWish
+    & { compInTask: boolean; noPartScan: boolean };
   target: { name: string; options: Record<string, unknown> };
   /** What the target has its data in, as far as its options tell. */
   files?: readonly BackingFile[];

@@ -13,6 +13,7 @@ import { ERRNO, errnoName } from "../abi/errno.ts";
 import {
   UBLK_F_BATCH_IO,
   UBLK_F_NEED_GET_DATA,
+  UBLK_F_PER_IO_DAEMON,
   UBLK_F_UNPRIVILEGED_DEV,
   UBLK_F_USER_COPY,
 } from "../abi/ublk_cmd.ts";
@@ -22,7 +23,7 @@ import { zeroCopyOf } from "./data_mode.ts";
 import { UblkError } from "./error.ts";
 import { gapsOf } from "./gaps.ts";
 import { type NodePlace, Nodes, removeStaleNode, S_IFBLK, S_IFCHR } from "./nodes.ts";
-import { type QueueThread, startQueueThread, unless } from "./queue_thread.ts";
+import { type Assignment, type QueueThread, startQueueThread, unless } from "./queue_thread.ts";
 import type { OpenTarget } from "./target.ts";
 
 /** How long udev may take to make a device's node, give it to its owner and let go of it. */
@@ -39,12 +40,14 @@ export interface RecoverOptions {
   log: (text: string) => void;
   /** Ends what waits for the driver or for the target's own code: its reason is thrown. */
   signal?: AbortSignal;
+  /** Threads that serve the device's queues, or share those of a queue. Default: one for each. */
+  threads?: number | undefined;
 }
 
-/** What a queue's thread says of itself. */
+/** A queue and a thread that serves it, or a share of its tags. */
 export interface QueueFacts {
   qid: number;
-  /** Kernel id of the queue's thread. */
+  /** Kernel id of the thread. */
   tid: number;
   /** CPUs whose I/O the queue gets. */
   affinity: number[];
@@ -75,6 +78,8 @@ export async function unwinding<T>(
 export interface Queues {
   threads: QueueThread[];
   facts: QueueFacts[];
+  /** Those whose threads do not hear what they are told: see QueueThread. */
+  deaf(): number[];
   ended: Promise<void>;
   /** Device nodes that this process has made, since nothing else did. */
   nodes: Nodes;
@@ -84,7 +89,38 @@ export interface Queues {
   release(staying?: boolean): void;
 }
 
-/** Starts a thread for each queue and opens the character device. */
+/** What one thread has of a queue. */
+export type Share = Pick<Assignment, "queueId" | "tags">;
+
+/**
+ * What each of so many threads serves, as evenly as it goes: several queues, one, or a share of one's
+ * tags. Every `step`-th: tags in use lie together.
+ *
+ * @param threads up to as many as there are tags.
+ */
+export function shareOut(queues: number, threads: number): Share[][] {
+  const shares = Array.from({ length: threads }, (): Share[] => []);
+  for (let queueId = 0; queueId < queues; queueId++) {
+    const start = Math.floor(queueId * threads / queues);
+    const step = Math.max(Math.floor((queueId + 1) * threads / queues) - start, 1);
+    for (let first = 0; first < step; first++) {
+      const tags = threads > queues ? { first, step } : undefined;
+      shares[start + first]!.push({ queueId, tags });
+    }
+  }
+  return shares;
+}
+
+/** The driver may have made fewer queues than it was asked for: then as many threads as it allows. */
+export function threadsFor(
+  info: Pick<DeviceInfo, "queues" | "depth" | "flags">,
+  threads = info.queues,
+): number {
+  const sharesTags = (info.flags & UBLK_F_PER_IO_DAEMON) !== 0n;
+  return Math.min(threads, info.queues * (sharesTags ? info.depth : 1));
+}
+
+/** Starts the threads that serve a device, and opens its character device. */
 export async function attach(
   control: Control,
   info: DeviceInfo,
@@ -95,15 +131,13 @@ export async function attach(
   const { dialect, shim } = control;
   const target = { name: options.targetName, spec: options.target.spec };
   // First: a runtime takes longer to start in a thread than all the rest.
-  const threads = Array.from(
-    { length: info.queues },
-    (_, queueId) =>
-      options.target.startThread?.(queueId) ??
-        startQueueThread(options.queueThreadEntry, target, queueId, shim, options.log),
+  const shares = shareOut(info.queues, threadsFor(info, options.threads));
+  const threads = shares.map((_, index) =>
+    options.target.startThread?.(index) ??
+      startQueueThread(options.queueThreadEntry, target, index, shim, options.log)
   );
   const nodes = new Nodes();
   const fds: number[] = [];
-  const affinities: number[][] = [];
   const release = once((staying = false) => {
     for (const fd of fds) shim.native.ubd_close(fd);
     if (!staying) { for (const kept of nodes.remove()) options.log(kept); }
@@ -118,23 +152,25 @@ export async function attach(
   // An unprivileged device takes commands only from who may open it, so not before now.
   await prepare?.();
 
-  const tidsKnown: Promise<number>[] = [];
+  const affinities: number[][] = [];
+  for (let queueId = 0; queueId < info.queues; queueId++) {
+    affinities.push(await control.getQueueAffinity(info.id, queueId));
+  }
   const pageBytes = pageSize();
   const zeroCopy = zeroCopyOf(info.flags);
   const inBatches = (info.flags & UBLK_F_BATCH_IO) !== 0n;
   const ioOpcode = (command: IoCommand) => dialect.ioOpcode(command, control.ioctlEncoded);
-  for (const [queueId, thread] of threads.entries()) {
+  const assignment = ({ queueId, tags }: Share): Assignment => {
     const wakeFd = shim.native.ubd_eventfd(0);
     if (wakeFd < 0) throw UblkError.from(wakeFd, "set up a ring", { device: info.id });
     fds.push(wakeFd);
-    const cpus = await control.getQueueAffinity(info.id, queueId);
-    affinities.push(cpus);
-    const config = {
-      cpus,
+    return {
+      cpus: affinities[queueId]!,
       charFd,
       wakeFd,
       queueId,
       depth: info.depth,
+      tags,
       ioBytesMax: info.maxIoBytes,
       fetchOpcode: ioOpcode(inBatches ? "FETCH_IO_CMDS" : "FETCH_REQ"),
       commitOpcode: ioOpcode(inBatches ? "COMMIT_IO_CMDS" : "COMMIT_AND_FETCH_REQ"),
@@ -153,10 +189,12 @@ export async function attach(
       getDataOpcode: info.flags & UBLK_F_NEED_GET_DATA ? ioOpcode("NEED_GET_DATA") : undefined,
       gaps: gapsOf(dialect, options.target.limits),
     };
-    tidsKnown.push(thread.serve(config));
-  }
-  const tids = await unless(options.signal, Promise.all(tidsKnown));
-  const facts = tids.map((tid, qid) => ({ qid, tid, affinity: affinities[qid]! }));
+  };
+  const started = shares.map((own, index) => threads[index]!.serve(...own.map(assignment)));
+  const tids = await unless(options.signal, Promise.all(started));
+  const facts = shares.flatMap((own, index) =>
+    own.map(({ queueId: qid }) => ({ qid, tid: tids[index]!, affinity: affinities[qid]! }))
+  );
   checkpoint("queues started");
 
   const ended = Promise.all(threads.map((thread) => thread.ended)).then(() => {});
@@ -171,7 +209,11 @@ export async function attach(
   if (!dialect.checksState) {
     await during("FETCH", Promise.all(threads.map((thread) => thread.fetched())).then(() => {}));
   }
-  return { threads, facts, ended, nodes, during, release };
+  const deaf = () => {
+    const theirs = shares.filter((_, index) => !threads[index]!.hears()).flat();
+    return [...new Set(theirs.map(({ queueId }) => queueId))];
+  };
+  return { threads, facts, deaf, ended, nodes, during, release };
 }
 
 export function once<A extends unknown[]>(work: (...args: A) => void): (...args: A) => void {

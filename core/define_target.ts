@@ -80,11 +80,11 @@ export interface BlockDevice {
   close?(): void | Promise<void>;
   /** `write` and `writeZeroes` look at `fua`. Default: `flush` is called after them. */
   handlesFua?: boolean;
-  /** Most promises outstanding at a time, for each queue; further requests wait. Default: depth. */
+  /** Most promises outstanding in a thread, for each queue; further requests wait. Default: depth. */
   maxConcurrent?: number;
   /** A promise that takes longer is given up: its request gets ETIMEDOUT. Default: 30000. */
   timeoutMs?: number;
-  /** Most queues, where the definition has `share`. Default: any number; without `share`, one. */
+  /** Most queues, or threads, where the definition has `share`. Default: any; without `share`, one. */
   maxQueues?: number;
   /** How the data of requests lies in their callers' memory. Default: anyhow. */
   memory?: MemoryLimits;
@@ -145,9 +145,9 @@ export interface TargetDefinition<
   /** What may be given to it, by name. Default: nothing. */
   options?: Specs;
   /**
-   * Lets the device have several queues, each in a thread with an `open` of its own: called once,
-   * its result (structured-cloneable, such as a SharedArrayBuffer) goes to each of them. Default:
-   * one queue.
+   * Lets the device have several queues, and threads, each thread with an `open` of its own: called
+   * once, its result (structured-cloneable, such as a SharedArrayBuffer) goes to each of them.
+   * Default: one queue, and one thread.
    */
   share?(options: OptionValues<Specs>): Shared | Promise<Shared>;
   /**

@@ -18,6 +18,7 @@ import type { DeviceInfo } from "../abi/dialect.ts";
 import {
   FEATURE_NAMES,
   UBLK_F_BATCH_IO,
+  UBLK_F_PER_IO_DAEMON,
   UBLK_F_UNPRIVILEGED_DEV,
   UBLK_S_DEV_DEAD,
   UBLK_S_DEV_LIVE,
@@ -47,6 +48,8 @@ import { charDeviceOpeners } from "./users.ts";
 
 export const QUEUES_DEFAULT = 1;
 export const QUEUES_MAX = 4096;
+/** Each has a ring of its own, and the shim has places for so many. */
+export const THREADS_MAX = 1024;
 export const DEPTH_DEFAULT = 128;
 export const DEPTH_MAX = 4096;
 export const IO_BYTES_DEFAULT = 512 * 1024;
@@ -96,6 +99,7 @@ export class Device {
   readonly ended: Promise<void>;
   readonly #control: Control;
   readonly #threads: readonly QueueThread[];
+  readonly #deaf: () => number[];
   /** Releases the character device and the target. */
   readonly #release: (staying: boolean) => void;
 
@@ -104,7 +108,7 @@ export class Device {
     info: DeviceInfo,
     queues: QueueFacts[],
     notes: readonly string[],
-    { ended, threads, nodes }: Queues,
+    { ended, threads, deaf, nodes }: Queues,
     release: (staying: boolean) => void,
   ) {
     this.#control = control;
@@ -114,6 +118,7 @@ export class Device {
     this.nodes = nodes.paths;
     this.ended = ended;
     this.#threads = threads;
+    this.#deaf = deaf;
     this.#release = once(release);
   }
 
@@ -142,10 +147,11 @@ export class Device {
       }
       const { zeroCopy } = options.target;
       const limits = { ...options.target.limits, ...options.memory };
-      refuseQueues(options.queues, options.target);
+      refuseQueues(options.queues, options.target, options.threads);
       const features = (control.features ?? 0n) & control.dialect.flagsMask;
       const mode = chooseDataMode(options, zeroCopy, options.flags, features);
-      const flags = options.flags | mode.flags;
+      const sharesTags = (options.threads ?? 1) > options.queues;
+      const flags = options.flags | mode.flags | (sharesTags ? UBLK_F_PER_IO_DAEMON : 0n);
       if (flags & UBLK_F_BATCH_IO && options.depth < 2) {
         throw new UsageError("Queue depth 1: the driver wants 2 or more for batches");
       }
@@ -208,7 +214,7 @@ export class Device {
       checkpoint("recovery started");
       const { basic } = await control.getParams(id);
       refuseOtherLimits(id, basic, options.target.limits);
-      refuseQueues(info.queues, options.target);
+      refuseQueues(info.queues, options.target, options.threads);
       const offer = options.target.zeroCopy;
       if (zeroCopyOf(info.flags) && (!offer || "obstacle" in offer)) {
         throw new UsageError(
@@ -299,7 +305,7 @@ export class Device {
 
   /** Queues whose threads have not heard of that: the target's own code keeps them. */
   get deaf(): number[] {
-    return [...this.#threads.keys()].filter((queue) => !this.#threads[queue]!.hears());
+    return this.#deaf();
   }
 
   /**
@@ -354,7 +360,7 @@ function refuseLackingFeatures(lacking: bigint): void {
 
 /** @throws {UsageError} naming the option, its range and its value. */
 export function checkOptions(
-  options: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax">,
+  options: Pick<DeviceOptions, "id" | "queues" | "depth" | "ioBytesMax" | "threads" | "batch">,
 ) {
   const within = (name: string, value: number, min: number, max: number) => {
     if (!Number.isInteger(value) || value < min || value > max) {
@@ -364,6 +370,11 @@ export function checkOptions(
   within("Device id", options.id, -1, DEVICE_ID_MAX);
   within("Number of queues", options.queues, 1, QUEUES_MAX);
   within("Queue depth", options.depth, 1, DEPTH_MAX);
+  const { queues, depth, threads = 1, batch } = options;
+  within("Number of threads", threads, 1, Math.min(queues * depth, THREADS_MAX));
+  if (batch && threads > queues) {
+    throw new UsageError(`Number of threads ${threads}: with batches, a queue has one thread`);
+  }
   const { ioBytesMax = IO_BYTES_DEFAULT } = options;
   within("Largest I/O in bytes", ioBytesMax, 4096, IO_BYTES_MAX);
   if (ioBytesMax % 4096) {
@@ -375,9 +386,12 @@ export function checkOptions(
 export function refuseQueues(
   queues: number,
   { queuesMax = QUEUES_MAX }: Pick<OpenTarget, "queuesMax">,
+  threads = queues,
 ): void {
-  if (queues <= queuesMax) return;
-  throw new UsageError(`Number of queues ${queues}: this target can be served by ${queuesMax}`);
+  const most = Math.max(queues, threads);
+  if (most <= queuesMax) return;
+  const what = most > queues ? "threads" : "queues";
+  throw new UsageError(`Number of ${what} ${most}: this target can be served by ${queuesMax}`);
 }
 
 /** For a device that copies. @throws {UsageError} one queue's buffers would take too much. */

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /**
- * One queue of a device: fetches requests, hands them to a handler, commits the answers.
+ * One queue of a device, or a share of its tags: fetches requests, hands them to a handler, commits
+ * the answers.
  *
  * The calling thread blocks in `run` until the driver has taken every tag back (the device was
  * stopped). One FFI call per batch; nothing is allocated for a request. A handler that has work on
@@ -53,6 +54,7 @@ import {
   type Shim,
   TAG_BITS,
   TAG_MASK,
+  type TagShare,
 } from "../ffi/mod.ts";
 import { assert, AssertionError } from "./assert.ts";
 import { checkpoint, isCheckpoint } from "./checkpoint.ts";
@@ -93,6 +95,8 @@ export class Queue implements Disposable {
   /** The driver's: a tag's words stand from its request's arrival until the commit. */
   private descriptors: Int32Array;
   private readonly states: Uint8Array;
+  /** Those that are fetched here: the others are never touched. */
+  private readonly tags: TagShare;
   /** Every READ and WRITE is to be registered here; else those the driver has marked. */
   private readonly registersAll: boolean;
   private readonly copies: boolean;
@@ -116,7 +120,9 @@ export class Queue implements Disposable {
     if (typeof memory === "number") throw UblkError.from(memory, "set up a ring");
     this.shim = shim;
     this.memory = memory;
-    this.depth = this.liveTags = config.depth;
+    this.depth = config.depth;
+    this.tags = config.tags ?? { first: 0, step: 1 };
+    this.liveTags = Math.ceil((this.depth - this.tags.first) / this.tags.step);
     this.ioBytesMax = config.ioBytesMax;
     this.commandWords = new Int32Array(memory.commands);
     this.commandFloats = new Float64Array(memory.commands);
@@ -387,12 +393,14 @@ export class Queue implements Disposable {
     }
   }
 
-  /** Has every tag fetched. */
+  /** Has every tag of this ring's fetched. */
   private fetchAll(): void {
     this.started = true;
-    for (let tag = 0; tag < this.depth; tag++) {
+    const { first, step } = this.tags;
+    const half = first + step * (this.liveTags >> 1);
+    for (let tag = first; tag < this.depth; tag += step) {
       assert(this.states[tag] === FREE, "a tag is fetched twice");
-      if (tag === this.depth >> 1 && isCheckpoint("fetching")) {
+      if (tag === half && isCheckpoint("fetching")) {
         this.shim.native.ubd_step(this.handle, this.commandCount, 0);
         checkpoint("fetching");
         this.commandCount = 0;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 /**
- * The thread around a queue: FETCH binds tags to the thread that submits it, so each queue has a
- * Worker of its own, blocked in the ring. `openHere` serves all of them on the calling thread's
- * event loop instead, for targets that live in the program that makes the device.
+ * The threads around queues: FETCH binds tags to the thread that submits it. A Worker that has one
+ * ring to serve, as by default each has, is blocked in it; one that has several serves them on its
+ * event loop. `openHere` serves all of them on the calling thread's event loop instead, for targets
+ * that live in the program that makes the device.
  *
- * A thread begins by opening its target, and is told its queue once there is a device.
+ * A thread begins by opening its target, and is told its queues once there is a device.
  *
  * The Worker's entry is a module of the layer that knows the targets (targets/queue_thread.ts),
  * or the whole program in a bundle, where every module has the same URL; both end in
@@ -43,11 +44,11 @@ export interface TargetName {
   spec: unknown;
 }
 
-/** What a thread is told once there is a device. */
+/** What a thread is told of a queue that it is to serve, or share, once there is a device. */
 export interface Assignment extends QueueConfig {
   /** Of the device, as /sys/block has it. */
   blockName: string;
-  /** CPUs whose I/O the queue gets: a thread of its own stays with them. Default: all. */
+  /** CPUs whose I/O the queue gets: threads for it alone stay with them. Default: all. */
   cpus?: readonly number[];
   /** What the driver leaves to this side. Default: nothing. */
   gaps?: Gaps | undefined;
@@ -63,8 +64,8 @@ export interface QueueThread {
   readonly ended: Promise<void>;
   /** See core/stats.ts. */
   readonly stats: Float64Array;
-  /** Serves this queue from now on. @returns the thread's kernel id, once its ring is set up. */
-  serve(config: Assignment): Promise<number>;
+  /** Serves these from now on. @returns the thread's kernel id, once its rings are set up. */
+  serve(...configs: Assignment[]): Promise<number>;
   /** Settles when the driver has taken all FETCHes. After `serve`. */
   fetched(): Promise<void>;
   /** Tells the target that the device is about to stop. */
@@ -93,7 +94,7 @@ interface WorkerData {
 
 type Message =
   | { type: "opened"; description: TargetDescription | undefined }
-  | { type: "started"; tid: number; queue: number }
+  | { type: "started"; tid: number; rings: number[] }
   | { type: "fetched" }
   | { type: "log"; text: string }
   | { type: "failed"; error: PlainError }
@@ -116,59 +117,67 @@ function settlements() {
   };
 }
 
-/** @param entry URL of a module that calls `runQueueThread`. */
+/**
+ * @param entry URL of a module that calls `runQueueThread`.
+ * @param index the thread's number among those of its device.
+ */
 export function startQueueThread(
   entry: string,
   target: TargetName,
-  queueId: number,
+  index: number,
   shim: Shim,
   log: Log,
 ): QueueThread {
   const orders = new Int32Array(new SharedArrayBuffer(8));
   const stats = emptyStats();
   const data: WorkerData = { [MARK]: true, shimPath: shim.path, target, orders, stats };
-  const worker = new Worker(new URL(entry), { workerData: data, name: `ubd-queue-${queueId}` });
+  const worker = new Worker(new URL(entry), { workerData: data, name: `ubd-queue-${index}` });
 
   const { opened, started, fetched, ended, fail } = settlements();
-  /** The ring of a thread that has not closed it: see `Queue`, which may not while it lives. */
-  let open: number | undefined;
+  /** The rings of a thread that has not closed them: see `Queue`, which may not while it lives. */
+  let open: number[] = [];
+  let serves = "";
   worker.on("message", (message: Message) => {
     if (message.type === "opened") opened.resolve(message.description);
     else if (message.type === "log") log(message.text);
     else if (message.type === "fetched") fetched.resolve();
     else if (message.type === "started") {
-      open = message.queue;
+      open = message.rings;
       started.resolve(message.tid);
     } else {
       if (message.type === "failed") fail(fromPlainError(message.error));
-      else open = void ended.resolve();
+      else {
+        open = [];
+        ended.resolve();
+      }
       worker.terminate(); // What the target left on the event loop would keep it.
     }
   });
   worker.on("error", fail);
   worker.on("exit", (code) => {
-    if (open !== undefined) shim.native.ubd_queue_exit(open);
+    for (const ring of open) shim.native.ubd_queue_exit(ring);
     const hint = `its thread ended with code ${code}: does the target call process.exit?`;
-    fail(new UblkError({ errno: "EIO", operation: `serve queue ${queueId}`, hint }));
+    fail(new UblkError({ errno: "EIO", operation: `serve queue ${serves || index}`, hint }));
   });
 
-  let wakeFd = -1;
+  let wakeFds: number[] = [];
   let gone = false;
   ended.promise.catch(() => {}).finally(() => {
     gone = true;
-    wakeFd = -1; // Its number may be another's then.
+    wakeFds = []; // A number may be another's then.
   });
   const order = (what: number) => {
     Atomics.or(orders, 0, what);
-    if (wakeFd >= 0) shim.native.ubd_wake(wakeFd);
+    for (const fd of wakeFds) shim.native.ubd_wake(fd);
   };
   return {
     opened: opened.promise,
     ended: ended.promise,
     stats,
-    serve(config) {
-      wakeFd = config.wakeFd;
-      worker.postMessage(config);
+    serve(...configs) {
+      wakeFds = configs.map(({ wakeFd }) => wakeFd);
+      serves = configs.map(({ queueId }) => queueId).join(", ");
+      worker.postMessage(configs);
       return started.promise;
     },
     fetched() {
@@ -185,9 +194,9 @@ export function startQueueThread(
 }
 
 /**
- * Opens a target in the thread that will serve its first queue.
+ * Opens a target in the first of the threads that will serve it.
  *
- * @param spec what `prepare` needs; the other queues' threads get it with what is `shared`.
+ * @param spec what `prepare` needs; the other threads get it with what is `shared`.
  * @param signal ends the wait for it; its reason is thrown.
  * @throws what opening it threw. The thread is gone then, unless the target's code keeps it.
  */
@@ -213,8 +222,8 @@ export async function openInThread(
     notes: [],
     files,
     spec: complete,
-    startThread: (queueId) =>
-      queueId === 0 ? first : startQueueThread(entry, { name, spec: complete }, queueId, shim, log),
+    startThread: (index) =>
+      index === 0 ? first : startQueueThread(entry, { name, spec: complete }, index, shim, log),
     close: () => first.abandon(),
   };
 }
@@ -241,42 +250,48 @@ export function openHere(target: ServedTarget, shim: Shim, logAny: Log): OpenTar
     const { opened, started, fetched, ended, fail } = settlements();
     opened.resolve(undefined);
     const stats = emptyStats();
-    let handler: RequestHandler | undefined;
+    const handlers: RequestHandler[] = [];
     let abandoned = false;
-    let wakeFd = -1;
+    let wakeFds: number[] = [];
+    const wake = () => {
+      for (const fd of wakeFds) shim.native.ubd_wake(fd);
+    };
     const serve = async (config: Assignment) => {
       const parts = partsOf(target, shim, config, stats, log);
       using queue = parts.queue;
-      handler = parts.handler;
+      handlers.push(parts.handler);
       started.resolve(shim.native.ubd_gettid());
       const woken = () => {
-        fetched.resolve();
+        fetched.resolve(); // All queues of this thread have submitted theirs by then.
         return abandoned;
       };
-      await queue.runOnEventLoop(handler, woken, logFailure(log), ended.reject);
+      await queue.runOnEventLoop(parts.handler, woken, logFailure(log), ended.reject);
+    };
+    const done = () => {
+      if (--serving === 0) return close();
     };
     return {
       opened: opened.promise,
       ended: ended.promise,
       stats,
-      serve(config) {
-        wakeFd = config.wakeFd;
-        serving++;
-        serve(config).finally(() => {
-          wakeFd = -1;
-          if (--serving === 0) return close();
-        }).then(ended.resolve, fail);
+      serve(...configs) {
+        wakeFds = configs.map(({ wakeFd }) => wakeFd);
+        serving += configs.length;
+        Promise.all(configs.map((config) => serve(config).finally(done)))
+          .finally(() => wakeFds = []).then(() => ended.resolve(), fail);
         return started.promise;
       },
       fetched() {
-        if (wakeFd >= 0) shim.native.ubd_wake(wakeFd);
+        wake();
         return fetched.promise;
       },
-      stopping: () => handler?.stopping?.(),
+      stopping() {
+        for (const handler of handlers) handler.stopping?.();
+      },
       hears: () => true,
       abandon() {
         abandoned = true;
-        if (wakeFd >= 0) shim.native.ubd_wake(wakeFd);
+        if (wakeFds.length > 0) wake();
         else ended.resolve();
       },
     };
@@ -322,7 +337,7 @@ const logFailure = (log: Log) => (error: unknown) =>
 export const isQueueThread: boolean = !isMainThread &&
   (workerData as Partial<WorkerData> | null)?.[MARK] === true;
 
-/** Serves the queue this thread was made for, and returns when it is done. */
+/** Serves the queues this thread is told, and returns when they are done. */
 export async function runQueueThread(
   prepare: (target: TargetName, log: Log) => ServedTarget | Promise<ServedTarget>,
 ): Promise<void> {
@@ -334,14 +349,14 @@ export async function runQueueThread(
   process.on("uncaughtException", stray("the target threw where nothing catches it"));
   process.on("unhandledRejection", stray("the target lost a rejection (an await is missing)"));
   try {
-    const told = new Promise<Assignment | undefined>((resolve) =>
+    const told = new Promise<Assignment[] | undefined>((resolve) =>
       parentPort!.once("message", resolve)
     );
     const served = await prepare(target, log);
     try {
       send({ type: "opened", description: served.description });
-      const config = await told;
-      if (config) await serveQueue(served, config);
+      const configs = await told;
+      if (configs) await serveQueues(served, configs);
     } finally {
       await served.close?.();
     }
@@ -350,23 +365,50 @@ export async function runQueueThread(
     send({ type: "failed", error: toPlainError(error) });
   }
 
-  async function serveQueue(served: ServedTarget, config: Assignment): Promise<void> {
+  async function serveQueues(served: ServedTarget, configs: readonly Assignment[]): Promise<void> {
     const shim = new Shim(shimPath);
     shim.native.ubd_io_flusher(1); // Hardening: who may not, serves without it (core/isolation.ts).
-    const { queue, handler } = partsOf(served, shim, config, stats, log);
-    const woken = () => {
-      const told = Atomics.load(orders, 0);
-      Atomics.store(orders, 1, told);
-      if (told & FETCHING) send({ type: "fetched" });
-      if (told & STOPPING) handler.stopping?.();
-      return (told & ABANDONED) !== 0;
-    };
-    if (config.cpus) shim.narrowAffinity(config.cpus);
-    send({ type: "started", tid: shim.native.ubd_gettid(), queue: queue.handle });
-    if (!queue.run(handler, woken, logFailure(log))) {
-      await queue.runOnEventLoop(handler, woken, logFailure(log));
+    const parts: ReturnType<typeof partsOf>[] = [];
+    try {
+      for (const config of configs) parts.push(partsOf(served, shim, config, stats, log));
+    } catch (error) {
+      for (const { queue } of parts) queue[Symbol.dispose](); // Nothing is fetched yet.
+      throw error;
     }
-    queue[Symbol.dispose](); // A queue that has failed is closed after the end of its thread.
+    if (configs.every(({ cpus }) => cpus)) {
+      shim.narrowAffinity(configs.flatMap(({ cpus }) => cpus!));
+    }
+    const unwoken = new Set(parts);
+    const runs = parts.map((part) => {
+      const { queue, handler } = part;
+      const woken = () => {
+        const told = Atomics.load(orders, 0);
+        Atomics.store(orders, 1, told);
+        if (told & FETCHING) {
+          unwoken.delete(part);
+          if (unwoken.size === 0) send({ type: "fetched" });
+        }
+        if (told & STOPPING) handler.stopping?.();
+        return (told & ABANDONED) !== 0;
+      };
+      return {
+        blocked: () => queue.run(handler, woken, logFailure(log)),
+        onEventLoop: () => queue.runOnEventLoop(handler, woken, logFailure(log)),
+      };
+    });
+    const rings = parts.map(({ queue }) => queue.handle);
+    send({ type: "started", tid: shim.native.ubd_gettid(), rings });
+    if (runs.length > 1 || !runs[0]!.blocked()) {
+      await Promise.all(runs.map((run) =>
+        run.onEventLoop().catch((error) => {
+          // The thread ends with it: from here on, nothing is served that would not be answered.
+          for (const { queue } of parts) queue.break(error);
+          throw error;
+        })
+      ));
+    }
+    // Queues that have failed are closed after the end of their thread.
+    for (const { queue } of parts) queue[Symbol.dispose]();
   }
 }
 

@@ -77,14 +77,22 @@ export const EVENT_WORDS = 2;
 export const PAYLOAD_BYTES = 8192;
 export const PAYLOAD_COUNT = 16;
 
+/** Every `step`-th tag of a queue, from `first`. */
+export interface TagShare {
+  first: number;
+  step: number;
+}
+
 export interface QueueConfig {
   /** Descriptor of the character device; -1, and opcodes 0: without a driver, for tests. */
   charFd: number;
   /** An eventfd of ubd_eventfd(). */
   wakeFd: number;
   queueId: number;
-  /** Number of tags. */
+  /** Number of the queue's tags. */
   depth: number;
+  /** Those that this ring fetches; the others are with other rings. Default: all. */
+  tags?: TagShare | undefined;
   /** Bytes of buffer for each tag, a multiple of 4096. */
   ioBytesMax: number;
   fetchOpcode: number;

@@ -55,6 +55,55 @@ deviceTest("recover serves the same device again: reissue loses no I/O of a runn
   await scene.del(device);
 });
 
+const THREADS = [
+  { queues: 2, threads: 1 },
+  { queues: 1, threads: 3 },
+];
+
+for (const { queues, threads } of THREADS) {
+  const what = `-q ${queues} --threads ${threads}`;
+  deviceTest(`a running fio sees no error with ${what}, nor when it is recovered`, {
+    limitS: 240,
+  }, async (scene) => {
+    const args = ["loop", scene.image("disk", 16 << 20), "--recovery", ...what.split(" ")];
+    if (threads > queues && KERNEL !== "newest") {
+      const { code, stderr } = await scene.ubd("add", ...args);
+      assert.equal(code, 1, stderr);
+      assert.match(stderr, /lacks PER_IO_DAEMON \(needs 6\.16\)/);
+      return;
+    }
+    let device = await scene.add(...args);
+    const fio = startVerifier(scene, device, 64);
+    for (const round of [0, 1]) {
+      const lines = [...device.stdout.matchAll(/queue (\d): tid (\d+) /g)];
+      assert.equal(lines.length, Math.max(queues, threads), device.stdout);
+      assert.equal(new Set(lines.map(([, queue]) => queue)).size, queues, device.stdout);
+      const tids = [...new Set(lines.map(([, , tid]) => tid))];
+      assert.equal(tids.length, threads, device.stdout);
+      const turns = (tid: string | undefined) =>
+        Number(readFileSync(`/proc/${device.pid}/task/${tid}/schedstat`, "utf8").split(" ")[2]);
+      const before = tids.map(turns);
+      const served = () => tids.every((tid, at) => turns(tid) > before[at]! + 10);
+      assert.ok(await until(served, 60_000), `${before} and then ${tids.map(turns)}`);
+      const moved = await scene.ubd("set_affinity", `${device.id}`, "--cpuset", "1");
+      assert.equal(moved.code, 0, moved.stderr);
+      const { stdout } = await scene.ubd("list", "-n", `${device.id}`);
+      assert.equal(stdout.match(/queue 0: .* affinity\(1 \)/g)!.length, lines.length / queues);
+      fio.goesOn();
+      if (round > 0) break;
+      const info = (await scene.ubd("info", `${device.id}`)).stdout;
+      assert.match(info, new RegExp(`^queues .*, served by ${threads} threads?$`, "m"));
+      const verbose = JSON.parse((await scene.ubd("list", "-v", "-n", `${device.id}`)).stdout);
+      const others = verbose.queues[0].others?.length ?? 0;
+      assert.equal(others, lines.length / queues - 1, JSON.stringify(verbose.queues));
+      await kill(scene, device, "state QUIESCED");
+      device = await recover(scene, device);
+    }
+    await fio.finish();
+    await scene.del(device);
+  });
+}
+
 deviceTest("recover finds the way of the data: reissue loses no I/O in any of them", {
   limitS: 300,
 }, async (scene) => {

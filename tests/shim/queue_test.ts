@@ -177,6 +177,26 @@ test("Queue.run fetches each tag once, then commits each request exactly once", 
   assert.deepStrictEqual(set.failures, []);
 });
 
+test("a ring fetches its share of a queue's tags, serves these alone, and ends with them", () => {
+  const spy = new SpyShim();
+  using set = setUp(spy, 8, undefined, { tags: { first: 1, step: 3 } });
+  for (let tag = 0; tag < 8; tag++) spy.describe(tag, UBLK_IO_OP_FLUSH, 0);
+  let answered = 0;
+  spy.onEvent = (event) => {
+    if (event.kind === EVENT_REQUEST && answered >= 100) event.result = -ENODEV;
+  };
+  set.run({
+    handle(queue, tag) {
+      answered++;
+      queue.commit(tag, 0);
+    },
+  });
+  const tags = (op: number) => spy.commands.filter(([done]) => done === op).map(([, tag]) => tag);
+  assert.deepStrictEqual(tags(COMMAND_FETCH), [1, 4, 7]);
+  assert.deepStrictEqual([...new Set(tags(COMMAND_COMMIT))].sort(), [1, 4, 7]);
+  assert.deepStrictEqual(set.failures, []);
+});
+
 test("Queue shows a handler operation, flags, bytes and offset of the tag's descriptor", () => {
   const spy = new SpyShim();
   using set = setUp(spy, 3);

@@ -104,6 +104,25 @@ test("START_DEV waits until every queue says that its tags are fetched", TIMEOUT
   assert.deepEqual(set.driver.crashes, []);
 });
 
+test("one thread serves two queues, and START_DEV waits for both", TIMEOUT, async () => {
+  const offsets: number[] = [];
+  const read = ({ offset }: { offset: number }) => void offsets.push(offset);
+  using set = await setUp({ ...ZEROES, read }, { queues: 2, threads: 1 });
+  const device = await set.create();
+  assert.deepEqual(device.queues.map(({ qid }) => qid), [0, 1]);
+  assert.equal(device.queues[0]!.tid, device.queues[1]!.tid);
+  for (let at = 0; at < SIZE; at += 65536) await set.read(at);
+  assert.equal(device.stats().read.requests, 1 + SIZE / 65536, "the partition table, and these");
+  await device.stop();
+  assert.deepEqual([set.driver.crashes, set.driver.added, set.log], [[], false, []]);
+});
+
+test("it lets no two threads share a queue", TIMEOUT, async () => {
+  using set = await setUp(ZEROES, { threads: 2 });
+  await assert.rejects(set.create(), { errno: "EOPNOTSUPP", message: /PER_IO_DAEMON/ });
+  assert.deepEqual([set.driver.crashes, set.driver.added], [[], false]);
+});
+
 test(
   "what fails before the first FETCH leaves no device, and crashes nothing",
   TIMEOUT,
