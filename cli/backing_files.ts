@@ -84,8 +84,10 @@ function self(): string {
 
 /** Files that are held, whatever becomes of their names. */
 export interface HeldFiles {
-  /** As the state file is to have them. */
+  /** As they were when they were held. */
   readonly files: readonly BackingFile[];
+  /** As they are now, for the state file: on an overlay, to open a file for writing makes it another. */
+  known(): readonly BackingFile[];
   /** A descriptor for each (O_PATH), in their order. */
   readonly fds: readonly number[];
   /** @returns the descriptor of what is in this file, unless it need not be the same. */
@@ -127,6 +129,10 @@ export function heldFiles(
 ): HeldFiles {
   return {
     files,
+    known: () =>
+      files.map((file, index) =>
+        file.optional ? file : { ...file, identity: identify(shim, fds[index]!) }
+      ),
     fds,
     find: (path) => fds[files.findIndex((file) => file.path === path && !file.optional)],
     close() {
@@ -154,7 +160,7 @@ function hold(shim: Shim, file: BackingFile, source?: Source): number {
   // Its mount is to stay, though it is not there yet.
   if (fd === -ERRNO.ENOENT && optional) fd = holdFile(shim, dirname(path));
   if (fd < 0) throw UblkError.from(fd, `open ${path}`, hintFor(fd, source));
-  if (!source || source.force || !identity) return fd;
+  if (!source || source.force || !identity || served !== undefined) return fd;
   if (isSameFile(identity, identify(shim, fd))) return fd;
   shim.native.ubd_close(fd);
   throw new UblkError({
@@ -181,14 +187,19 @@ function hintFor(result: number, source?: Source): { hint?: string } {
 /** @returns the path of a descriptor of that process which is this file. */
 function findDescriptor(shim: Shim, pid: number, { path, identity }: BackingFile) {
   const directory = `/proc/${pid}/fd`;
-  return namesIn(directory).map((name) => `${directory}/${name}`).find((candidate) => {
-    const target = linkTarget(candidate);
-    if (!target.startsWith("/")) return false; // A socket, a pipe ...
-    if (!identity) return target === path || target === `${path} (deleted)`;
-    const fd = holdFile(shim, candidate);
+  const candidates = namesIn(directory).map((name) => `${directory}/${name}`)
+    .map((candidate) => ({ candidate, target: linkTarget(candidate) }))
+    .filter(({ target }) => target.startsWith("/")); // No socket, pipe ...
+  const same = candidates.find(({ candidate }) => {
+    const fd = identity ? holdFile(shim, candidate) : -1;
     if (fd < 0) return false;
-    const same = isSameFile(identity, identify(shim, fd));
+    const isSame = isSameFile(identity!, identify(shim, fd));
     shim.native.ubd_close(fd);
-    return same;
+    return isSame;
   });
+  // By the name that it was opened by: version 0.1.0 kept no more; and what the file is may change on
+  // an overlay.
+  const named = () =>
+    candidates.find(({ target }) => target === path || target === `${path} (deleted)`);
+  return (same ?? named())?.candidate;
 }

@@ -58,7 +58,7 @@ export async function openTarget(
     signal.throwIfAborted();
     try {
       const target = findTarget(name).open(options, context);
-      return { target: letsGo(target, held), files: held.files };
+      return { target: letsGo(target, held), files: held.known() };
     } catch (error) {
       const busy = error instanceof UblkError && error.errno === "EBUSY";
       if (!busy) throw error;
@@ -96,7 +96,7 @@ async function openDefined(
     log,
     signal,
   );
-  if (!module) return { target: letsGo(target, held), files: held.files };
+  if (!module) return { target: letsGo(target, held), files: held.known() };
   try {
     const known = new Map(spec.files?.map((file) => [file.path, file]));
     const files = target.files!.map((path) => known.get(path) ?? { path });
@@ -106,7 +106,7 @@ async function openDefined(
       spec.recover === undefined ? undefined : { device: spec.recover },
     );
     held.close();
-    return { target: letsGo(target, again), files: again.files };
+    return { target: letsGo(target, again), files: again.known() };
   } catch (error) {
     target.close();
     throw error;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /** cli/backing_files.ts: what a name means, and whether it still means that. */
 import assert from "node:assert/strict";
-import { execFileSync, spawn } from "node:child_process";
+import { execFileSync, spawn, spawnSync } from "node:child_process";
 import {
   closeSync,
   copyFileSync,
@@ -116,6 +116,48 @@ test("what a living server has open is the truth: the name may mean another, or 
     assert.throws(() => holdFiles(shim, files, { device: 3 }), /ENOENT/);
   } finally {
     server.kill();
+  }
+});
+
+/** A mount point with an image below that nobody has written to; undefined: not permitted. */
+function overlay(): { point: string; end: () => void } | undefined {
+  const base = mkdtempSync(join(directory, "overlay-"));
+  execFileSync("mkdir", ["-p", ...["layers", "point"].map((name) => join(base, name))]);
+  const end = () => {
+    for (const name of ["point", "layers"]) spawnSync("umount", [join(base, name)]);
+  };
+  const { status } = spawnSync("sh", [
+    "-c",
+    `cd ${base}; mount -t tmpfs tmpfs layers &&
+    mkdir layers/lower layers/upper layers/work && echo image > layers/lower/disk && cd layers &&
+    mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work ../point`,
+  ]);
+  if (status === 0) return { point: join(base, "point"), end };
+  end();
+  return undefined;
+}
+const trial = overlay();
+trial?.end();
+
+test("on an overlay, a file that was opened for writing is still the one", {
+  skip: trial ? false : "needs the right to mount an overlay",
+}, () => {
+  const { point, end } = overlay()!;
+  try {
+    const path = join(point, "disk");
+    const held = holdFiles(shim, [backingFile(path)]);
+    closeSync(openSync(path, "r+"));
+    const files = held.known();
+    held.close();
+    assert.ok(!isSameFile(held.files[0]!.identity!, files[0]!.identity!), "the trap works");
+    holdFiles(shim, files, { device: 1 }).close();
+    // What was read-only may be written to by another later on.
+    const fd = openSync(path, "r");
+    holdFiles(shim, held.files, { device: 1, pid: process.pid }).close();
+    closeSync(fd);
+    assert.throws(() => holdFiles(shim, held.files, { device: 1 }), isStale);
+  } finally {
+    end();
   }
 });
 
