@@ -28,9 +28,25 @@ const LIMITS: readonly Limit[] = [
   { resource: 9, name: "Max address space", option: "-v", effect: "the server may lack memory" },
 ];
 
-/** Raises this process's limits as far as it may; what it starts inherits them. */
-export function raiseLimits(shim: Shim): void {
-  for (const { resource } of LIMITS) shim.native.ubd_raise_limit(resource);
+/** Raises this process's limits as far as it may. @returns sets them again as they were. */
+export function raiseLimits({ native }: Shim): () => void {
+  const undo = LIMITS.map(({ resource }) => {
+    const before = new BigUint64Array(2);
+    return native.ubd_raise_limit(resource, before) < 0
+      ? () => {}
+      : () => void native.ubd_set_limit(resource, before);
+  });
+  return () => undo.forEach((step) => step());
+}
+
+/** Runs `start`, which starts a process, without limits: those of the caller are not touched. */
+export function withoutLimits<T>(shim: Shim, start: () => T): T {
+  const restore = raiseLimits(shim);
+  try {
+    return start();
+  } finally {
+    restore();
+  }
 }
 
 /** @returns a line for each limit that is in a server's way. @param text of /proc/self/limits. */

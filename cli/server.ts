@@ -112,7 +112,7 @@ export async function serve(spec: ServerSpec, options: ServeOptions): Promise<vo
   const starting = new AbortController();
   const interrupt = () => {
     order ??= ours ? "delete" : "leave";
-    starting.abort(interruption(recover));
+    starting.abort(interruption(spec.quiesce ? undefined : recover)); // upgrade tells its state.
     ordered.resolve("ordered");
   };
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, interrupt);

@@ -27,7 +27,7 @@ import { clearTimeout, setTimeout } from "node:timers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { Control } from "../core/control.ts";
 import type { DataWish } from "../core/data_mode.ts";
-import type { DeviceOptions } from "../core/device.ts";
+import { type DeviceOptions, QUIESCE_DEADLINE_MS } from "../core/device.ts";
 import type { DeviceInfo } from "../abi/dialect.ts";
 import { UblkError } from "../core/error.ts";
 import { asFlusher, inPrivateMounts, mountNamespace } from "../core/isolation.ts";
@@ -38,7 +38,7 @@ import { MODULE_TARGET } from "../targets/module.ts";
 import { type BackingFile, filesOf, type HeldFiles, holdFiles } from "./backing_files.ts";
 import { dropDeviceLog, openDeviceLog, readLog } from "./device_log.ts";
 import { EXIT, type Failure, ReportedError } from "./exit.ts";
-import { raiseLimits } from "./limits.ts";
+import { withoutLimits } from "./limits.ts";
 import { passOn } from "./output.ts";
 
 /** Everything `ubd add` was told, checked, as plain JSON. */
@@ -207,30 +207,32 @@ export async function spawnServer(
   // Deno hands inherited descriptors on: a lock of the caller's would live as long as the device.
   const shim = new Shim();
   shim.native.ubd_close_on_exec();
-  raiseLimits(shim);
   const verb = [SERVE_VERB, mountNamespace(), ...(hold ? [LEASHED] : [])];
   const args = [...rerunArguments(), ...verb];
   // Looked up here: from other mounts, in a chroot, its path is another one.
   const { execPath } = process;
   const start = () =>
-    spawn(execPath, args, {
-      detached: true,
-      cwd: "/",
-      env: { ...process.env, ...restfulEnvironment },
-      stdio: ["pipe", log, log, "pipe", ...fds],
-    });
+    withoutLimits(shim, () =>
+      spawn(execPath, args, {
+        detached: true,
+        cwd: "/",
+        env: { ...process.env, ...restfulEnvironment },
+        stdio: ["pipe", log, log, "pipe", ...fds],
+      }));
   // A supervisor serves nothing, so nothing waits for it; the servers it starts need to find
   // their files, and a copy of the mounts would keep what others have unmounted.
   const copied = spec.target.name !== MODULE_TARGET || spec.rootStorage === true;
   const child = isSupervisor(spec)
     ? start()
     : asFlusher(shim, () => inPrivateMounts(shim, copied, start));
+  // One that makes another let go must see that through, or nobody serves the device.
+  const patienceMs = END_PATIENCE_MS + (spec.quiesce ? QUIESCE_DEADLINE_MS : 0);
   let interrupted = false;
   let patience: ReturnType<typeof setTimeout> | undefined;
   const interrupt = () => {
     interrupted = true;
     child.kill("SIGTERM");
-    patience ??= setTimeout(() => child.kill("SIGKILL"), END_PATIENCE_MS).unref();
+    patience ??= setTimeout(() => child.kill("SIGKILL"), patienceMs).unref();
   };
   process.on("SIGINT", interrupt);
   process.on("SIGTERM", interrupt);
@@ -287,7 +289,7 @@ export async function spawnServer(
     await deleteLeftover(added.id, ({ targetFlags }) => targetFlags === mark);
   }
   if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
-  if (interrupted) throw interruption(spec.recover);
+  if (interrupted) throw interruption(spec.quiesce ? undefined : spec.recover);
   if (unknown !== undefined) throw unknown;
   throw new UblkError({
     errno: "ECANCELED",
@@ -301,21 +303,29 @@ export async function spawnServer(
  * keeps a queue's thread, and the driver waits for that.
  */
 export function undoLater(id: number, mark: bigint): void {
-  const args = [SERVE_VERB, "", UNDO, `${id}`, `${mark}`, `${process.pid}`];
+  const args = [
+    SERVE_VERB,
+    "",
+    UNDO,
+    `${id}`,
+    `${mark}`,
+    `${process.pid}`,
+    `${beginningOf(process.pid)}`,
+  ];
   const options = { detached: true, cwd: "/", stdio: "ignore" } as const;
   spawn(process.execPath, [...rerunArguments(), ...args], options).on("error", () => {}).unref();
 }
 
 /** The whole of that other process. */
-export async function undo([id, mark, pid]: readonly string[]): Promise<number> {
-  const began = beginningOf(Number(pid));
+export async function undo([id, mark, pid, began]: readonly string[]): Promise<number> {
   const deadline = performance.now() + END_PATIENCE_MS;
-  while (beginningOf(Number(pid)) === began && performance.now() < deadline) await sleep(20);
+  const lives = () => beginningOf(Number(pid)) === Number(began);
+  while (lives() && performance.now() < deadline) await sleep(20);
   await deleteLeftover(Number(id), ({ targetFlags }) => targetFlags === BigInt(mark!));
   return EXIT.OK;
 }
 
-/** @param recover a device that was to be taken over: it is left as it was. */
+/** @param recover a device that was to be taken over, and waits for a server as it did before. */
 export function interruption(recover?: number): ReportedError {
   const waits = `; device ${recover} waits for a server: ubd recover -n ${recover}`;
   const message = `interrupted${recover === undefined ? "" : waits}`;

@@ -63,7 +63,7 @@ const QUEUE_BUFFER_BYTES_MAX = 4 * 1024 ** 3;
 const BLKROSET = 0x125d;
 
 /** How long a server may take over the requests it has, when it is to let go. */
-const QUIESCE_DEADLINE_MS = 60_000;
+export const QUIESCE_DEADLINE_MS = 60_000;
 
 export interface TakeOverOptions extends RecoverOptions {
   /** Those that its servers before this one have made. */

@@ -15,7 +15,7 @@ import { SHIM_PACKED } from "./shim_binary.ts";
 import { type Adapter, type Native, SYMBOLS } from "./symbols.ts";
 
 /** Raised together with shim_version in shim/shim.zig. */
-export const SHIM_VERSION = 11;
+export const SHIM_VERSION = 12;
 
 export interface LoadedShim {
   readonly native: Native;

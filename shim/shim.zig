@@ -10,7 +10,7 @@ const ring = @import("ring.zig");
 const sys = @import("sys.zig");
 
 /// Raised with every change of these exports or of the shared structs; ffi/load.ts compares it.
-const shim_version = 11;
+const shim_version = 12;
 
 const handles_max = 1024;
 var queues: [handles_max]?*ring.Queue = @splat(null);
@@ -260,9 +260,12 @@ export fn ubd_pidfd_signal(pidfd: i32, signal: i32) i32 {
 }
 
 /// Takes a resource limit (RLIMIT_*) off this process; where only its hard limit may stay, raises the
-/// other one up to it. Returns 0 when there is none any more, 1 when there is, or -errno.
-export fn ubd_raise_limit(resource: u32) i32 {
+/// other one up to it. `before` gets soft and hard limit as they were. Returns 0 when there is none any
+/// more, 1 when there is, or -errno.
+export fn ubd_raise_limit(resource: u32, before: ?*[2]u64) i32 {
     const unlimited = std.math.maxInt(u64);
+    const known = setLimit(resource, null, before orelse return -sys.EINVAL);
+    if (known < 0) return known;
     var limit: [2]u64 = .{ unlimited, unlimited };
     if (setLimit(resource, &limit, null) == 0) return 0;
     const result = setLimit(resource, null, &limit);
@@ -271,6 +274,11 @@ export fn ubd_raise_limit(resource: u32) i32 {
     const raised = setLimit(resource, &limit, null);
     if (raised < 0) return raised;
     return if (limit[0] == unlimited) 0 else 1;
+}
+
+/// Sets soft and hard limit.
+export fn ubd_set_limit(resource: u32, limit: ?*const [2]u64) i32 {
+    return setLimit(resource, limit orelse return -sys.EINVAL, null);
 }
 
 fn setLimit(resource: u32, new: ?*const [2]u64, old: ?*[2]u64) i32 {
