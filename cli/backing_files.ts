@@ -18,6 +18,7 @@ import { type FileIdentity, holdFile, identify, isSameFile } from "../core/file_
 import { UblkError, UsageError } from "../core/error.ts";
 import { linkTarget, namesIn } from "../core/proc.ts";
 import type { Shim } from "../ffi/mod.ts";
+import { tell } from "./output.ts";
 
 /** A file of a target's. Plain JSON. */
 export interface BackingFile {
@@ -167,11 +168,41 @@ function hold(shim: Shim, file: BackingFile, source?: Source): number {
     errno: "ESTALE",
     operation: `serve ${path}`,
     device: source.device,
-    hint:
-      "it is another file than the one that the device was made of: that one has been replaced. " +
-      `Put it back under this name, or end the device: ubd del ${source.device}; ` +
-      `ubd recover --force ${source.device} serves what is there now`,
+    hint: "it is another file than the one that the device was made of, which has been replaced. " +
+      `If that one still has a name${
+        inodeHint(identity)
+      }, put it back under this one. Else it is ` +
+      `gone: ubd del --force ${source.device} ends the device, and whoever uses it gets I/O ` +
+      `errors; ubd recover --force ${source.device} serves the other file, for a device that ` +
+      "nobody uses",
   });
+}
+
+function inodeHint({ inode }: FileIdentity): string {
+  return inode === undefined ? "" : ` (find -inum ${inode})`;
+}
+
+/** @returns names that mean another file by now, or none. */
+export function lostNames(shim: Shim, files: readonly BackingFile[]): string[] {
+  return files.filter(({ path, optional, identity }) => {
+    if (optional || !identity) return false;
+    const fd = holdFile(shim, path);
+    if (fd < 0) return true;
+    const same = isSameFile(identity, identify(shim, fd));
+    shim.native.ubd_close(fd);
+    return !same;
+  }).map(({ path }) => path);
+}
+
+/** Tells of names that are lost while the file is served: with the device it may end for good. */
+export function tellLostNames(shim: Shim, files: readonly BackingFile[], blockPath: string): void {
+  for (const path of lostNames(shim, files)) {
+    tell(
+      `${path} is another file by now, or none: ${blockPath} stays with the one that it was made ` +
+        `of, whose contents are gone with the device if it has no other name; cp ${blockPath} FILE ` +
+        "keeps them",
+    );
+  }
 }
 
 function hintFor(result: number, source?: Source): { hint?: string } {

@@ -9,6 +9,7 @@ import { Process } from "../core/proc.ts";
 import { readState } from "../core/state.ts";
 import type { TargetFacts } from "../core/target.ts";
 import { oneLine } from "../core/text.ts";
+import { filesOf, tellLostNames } from "./backing_files.ts";
 import {
   deletedIds,
   describeAll,
@@ -25,6 +26,7 @@ import {
 import { reportFailure, toFailure } from "./exit.ts";
 import { print, printJson, tell } from "./output.ts";
 import { formatSize, parseDeviceId } from "./size.ts";
+import { specOf } from "./spec.ts";
 import { formatTable } from "./table.ts";
 
 interface ListOptions {
@@ -141,7 +143,8 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
     return;
   }
   const { targetFlags } = await control.getDeviceInfo(id);
-  const ours = readState(id, targetFlags) !== undefined;
+  const state = readState(id, targetFlags);
+  const ours = state !== undefined;
   const stopped = isStopped(facts) ? ", which is stopped (kill -CONT lets it go on)" : "";
   const served = facts.pid > 0 ? `process ${facts.pid}${stopped}` : "nobody";
   const lines: [string, string][] = [
@@ -166,6 +169,8 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
     ...Object.entries(facts.target).map(([key, value]): [string, string] => [key, String(value)]),
   ];
   for (const [name, value] of lines) print(`${name.padEnd(14)}${oneLine(value)}\n`);
+  const told = state && specOf(state);
+  if (told && "spec" in told) tellLostNames(control.shim, filesOf(told.spec), facts.path);
 }
 
 function wordsOf(params: ReturnType<typeof describeParams>): [string, string][] {

@@ -17,7 +17,7 @@ import { readState } from "../core/state.ts";
 import { MODULE_TARGET, type ModuleSpec } from "../targets/module.ts";
 import { checkModule } from "../targets/trust.ts";
 import { show } from "./add.ts";
-import { filesOf, holdFiles, type Source } from "./backing_files.ts";
+import { filesOf, holdFiles, type Source, tellLostNames } from "./backing_files.ts";
 import { EXIT } from "./exit.ts";
 import { printJson, tell } from "./output.ts";
 import { forsaken, isForsaken, letServerGo } from "./quiescing.ts";
@@ -87,6 +87,7 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
   // What the new server would refuse is to be known while the old one serves.
   if (name === MODULE_TARGET) checkModule((told as unknown as ModuleSpec).file);
   const held = holdFiles(control.shim, filesOf(next), await sourceOf(control, id, next));
+  tellLostNames(control.shim, held.known(), control.dialect.blockPath(id));
   // The new server does it, once it has loaded what it is to serve, and whatever becomes of this.
   try {
     await show(await startServer(next, { held }), options);

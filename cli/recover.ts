@@ -6,9 +6,11 @@ import { UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import { Control } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { type DeviceState, findState, quiescerOf, statePath } from "../core/state.ts";
+import { deviceUsers } from "../core/users.ts";
 import { show } from "./add.ts";
+import { tell } from "./output.ts";
 import { MODULE_TARGET } from "../targets/module.ts";
-import { filesOf, holdFiles } from "./backing_files.ts";
+import { filesOf, holdFiles, lostNames } from "./backing_files.ts";
 import { specOf } from "./spec.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
@@ -22,7 +24,7 @@ export function defineRecover(program: Command): void {
     )
     .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
     .option("-n, --number <id>", "device id", parseDeviceId)
-    .option("--force", "serve what now has the name of a file that was replaced, or deleted")
+    .option("--force", "serve another file that has the name now; for a device that nobody uses")
     .action(recover);
 }
 
@@ -45,6 +47,11 @@ async function recover(
     ? { device: id, pid }
     : { device: id, force: force ?? false };
   const held = holdFiles(control.shim, filesOf(spec), source);
+  if (force && lostNames(control.shim, filesOf(spec)).length > 0) {
+    for (const user of await deviceUsers(control.dialect.blockName(id))) {
+      tell(`${user}: what it has in memory of the former file goes into the other one`);
+    }
+  }
   await show(await startServer(spec, { held }), { json: json ?? false });
 }
 

@@ -16,7 +16,7 @@ import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import { printJson, tell } from "./output.ts";
-import { filesOf, holdFiles } from "./backing_files.ts";
+import { filesOf, holdFiles, tellLostNames } from "./backing_files.ts";
 import { knownState } from "./recover.ts";
 import type { ServerSpec } from "./start_server.ts";
 import { formatSize, oneDeviceId, parseDeviceId, parseSize } from "./size.ts";
@@ -85,6 +85,7 @@ async function resize(
     wanted === undefined ? rest : { ...rest, sizeBytes: wanted },
     { shim, hasVolatileCache: dialect.hasVolatileCache, held: held.find },
   );
+  tellLostNames(shim, held.known(), dialect.blockPath(id));
   held.close();
   if (sizeBytes < before && !force) {
     throw new UsageError(

@@ -21,7 +21,13 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { after, test } from "node:test";
-import { backingFile, descriptorNumber, filesOf, holdFiles } from "../../cli/backing_files.ts";
+import {
+  backingFile,
+  descriptorNumber,
+  filesOf,
+  holdFiles,
+  lostNames,
+} from "../../cli/backing_files.ts";
 import { UblkError, UsageError } from "../../core/error.ts";
 import { descriptorPath, identify, isSameFile } from "../../core/file_identity.ts";
 import { Shim } from "../../ffi/mod.ts";
@@ -138,6 +144,16 @@ function overlay(): { point: string; end: () => void } | undefined {
 }
 const trial = overlay();
 trial?.end();
+
+test("names that are lost are told of, and no others", () => {
+  const path = image("to be replaced");
+  const files = [...known(path), ...known(image("stays")), { path: "/none", optional: true }];
+  assert.deepStrictEqual(lostNames(shim, files), []);
+  renameSync(image("x"), path);
+  assert.deepStrictEqual(lostNames(shim, files), [path]);
+  rmSync(path);
+  assert.deepStrictEqual(lostNames(shim, files), [path]);
+});
 
 test("on an overlay, a file that was opened for writing is still the one", {
   skip: trial ? false : "needs the right to mount an overlay",
