@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
 /**
- * Which file it is, whatever it is called: a name may mean another file by now.
+ * Which file it is, whatever it is called: a name may mean another file by now. And whose it is
+ * for the moment.
  * @module
  */
 
 import { constants } from "node:fs";
-import type { Shim } from "../ffi/mod.ts";
+import { ERRNO } from "../abi/errno.ts";
+import { Shim } from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
 import { contents } from "./proc.ts";
 
@@ -28,6 +30,10 @@ const STATX_BTIME = 0x800;
 const S_IFMT = 0o170000;
 const S_IFBLK = 0o060000;
 const S_IFREG = 0o100000;
+const LOCK_EX = 2;
+const LOCK_NB = 4;
+const LOCK_UN = 8;
+const NO_LOCKS = "its file system may have no locks: name a file on another one";
 const FS_IOC_GETVERSION = 0x8008_7601;
 
 /** Names what a descriptor is, so that a path leads there: to open it with other flags. */
@@ -73,6 +79,25 @@ function generationOf(shim: Shim, fd: number): number | undefined {
   const result = shim.native.ubd_ioctl(open, FS_IOC_GETVERSION, answer);
   shim.native.ubd_close(open);
   return result < 0 ? undefined : answer[0]!;
+}
+
+/**
+ * Locks an open file for this process's opening of it alone, without waiting. The lock ends with
+ * `unlock`, or with the last descriptor of that opening.
+ *
+ * @param operation names it in an error.
+ * @returns false: another opening has it locked. @throws {UblkError} it cannot be locked at all.
+ */
+export function tryLock(fd: number, operation: string, { native } = new Shim()): boolean {
+  const result = native.ubd_flock(fd, LOCK_EX | LOCK_NB);
+  if (result === -ERRNO.EAGAIN) return false;
+  if (result < 0) throw UblkError.from(result, operation, { hint: NO_LOCKS });
+  return true;
+}
+
+/** What `tryLock` has locked. */
+export function unlock(fd: number, { native } = new Shim()): void {
+  native.ubd_flock(fd, LOCK_UN);
 }
 
 /** Whether both are the same file, by all that is known of both. */

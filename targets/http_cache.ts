@@ -12,7 +12,8 @@
  * Whoever owns the directory can exchange files; the map knows its own by its inode.
  *
  * Several servers may share the files: what they write is the same. Whoever finds nothing in them
- * begins with another map, and leaves the old one to those that still write to it.
+ * begins with another map, and leaves the old one to those that still write to it. The data file
+ * is locked from the first look until there is something in it, so that only one begins.
  * @module
  */
 
@@ -22,7 +23,9 @@ import { type FileHandle, lstat, open, rename, rm } from "node:fs/promises";
 import { basename, dirname } from "node:path";
 import process from "node:process";
 import { setTimeout } from "node:timers";
+import { setTimeout as sleep } from "node:timers/promises";
 import { UblkError, UsageError } from "../core/error.ts";
+import { tryLock, unlock } from "../core/file_identity.ts";
 import type { ImageVersion } from "./http_source.ts";
 
 /** What is fetched and kept as one. */
@@ -36,6 +39,10 @@ const PAGE_BYTES = 4096;
 
 /** How long blocks may be on their way to the disk. */
 const SYNC_MS = 1000;
+
+/** How long another server may take to begin or look at the files. */
+const LOCK_DEADLINE_MS = 15_000;
+const LOCK_PAUSE_MS = 5;
 
 const { O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_NONBLOCK, O_RDONLY, O_RDWR } = constants;
 
@@ -180,6 +187,7 @@ class CacheFiles {
   /** By path. */
   readonly #made = new Map<string, FileHandle>();
   #directory: FileHandle | undefined;
+  #locked: FileHandle | undefined;
 
   constructor(path: string) {
     this.#path = path;
@@ -192,8 +200,9 @@ class CacheFiles {
    */
   async openPair({ url, validator, bytes }: ImageVersion): Promise<Pair> {
     this.#directory = await this.#keep(open(dirname(this.#path), O_RDONLY | O_DIRECTORY));
-    const found = await this.#open(this.#path);
-    const size = found ? (await found.stat()).size : 0;
+    const data = await this.#lockData();
+    const { size } = await data.stat();
+    if (size > 0) this.#made.delete(this.#path); // Another has begun it before the lock.
     const oldMap = await this.#open(this.#mapPath);
     const start = Buffer.alloc(TITLE.length);
     const isEmpty = !oldMap || await readFully(oldMap, start, 0) === 0;
@@ -202,7 +211,6 @@ class CacheFiles {
       const what = isMap ? this.#path : this.#mapPath;
       throw new UsageError(`${what} exists and is no cache of ubd: name another file`);
     }
-    const data = found ?? await this.#make(this.#path);
     const title = `${TITLE}${VERSION} ${JSON.stringify({ url, validator, bytes })}\n`;
     const header = padded(`${title}inode ${(await data.stat({ bigint: true })).ino}\n`);
     const bits = Buffer.alloc(Math.ceil(bytes / BLOCK_BYTES / 8));
@@ -228,7 +236,7 @@ class CacheFiles {
       return this.#handOver({ data, map: oldMap, bits, headerBytes: header.length });
     }
     const temporary = `${this.#mapPath}.${process.pid}-${Math.random().toString(36).slice(2)}`;
-    const map = await this.#make(temporary);
+    const map = (await this.#make(temporary))!; // No other has this name.
     await map.writeFile(Buffer.concat([header, bits]));
     await map.sync();
     await rename(this.#inside(temporary), this.#inside(this.#mapPath));
@@ -247,7 +255,31 @@ class CacheFiles {
   }
 
   async close(): Promise<void> {
+    if (this.#locked) unlock(this.#locked.fd);
     for (const file of this.#opened) await file.close();
+  }
+
+  /** Found or made, and nobody else's until `close`. */
+  async #lockData(): Promise<FileHandle> {
+    const deadline = performance.now() + LOCK_DEADLINE_MS;
+    const operation = `lock the cache ${this.#path}`;
+    for (;;) {
+      const file = await this.#open(this.#path) ?? await this.#make(this.#path);
+      if (!file) continue; // Made by another meanwhile.
+      while (!tryLock(file.fd, operation)) {
+        if (performance.now() > deadline) {
+          this.#made.delete(this.#path);
+          const hint = "another process holds its lock: name another file";
+          throw new UblkError({ errno: "EBUSY", operation, hint });
+        }
+        await sleep(LOCK_PAUSE_MS);
+      }
+      // Whoever had the lock may have failed, and removed it.
+      if (await this.#isThere(this.#path, file)) return this.#locked = file;
+      this.#made.delete(this.#path);
+      this.#opened.delete(file);
+      await file.close();
+    }
   }
 
   #handOver(pair: Pair): Pair {
@@ -293,7 +325,8 @@ class CacheFiles {
     return file;
   }
 
-  async #make(path: string): Promise<FileHandle> {
+  /** @returns undefined: there is one. */
+  async #make(path: string): Promise<FileHandle | undefined> {
     const flags = O_RDWR | O_NOFOLLOW | O_CREAT | O_EXCL;
     try {
       // The image may be for this user only.
@@ -301,10 +334,8 @@ class CacheFiles {
       this.#made.set(path, file);
       return file;
     } catch (error) {
-      // Another server has been faster.
-      const others = (error as NodeJS.ErrnoException).code === "EEXIST" && await this.#open(path);
-      if (!others) throw error;
-      return others;
+      if ((error as NodeJS.ErrnoException).code === "EEXIST") return undefined;
+      throw error;
     }
   }
 }

@@ -7,12 +7,14 @@ import { randomBytes } from "node:crypto";
 import {
   chmodSync,
   chownSync,
+  closeSync,
   copyFileSync,
   existsSync,
   linkSync,
   lstatSync,
   mkdirSync,
   mkdtempSync,
+  openSync,
   readdirSync,
   readFileSync,
   renameSync,
@@ -29,6 +31,7 @@ import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { BlockDevice } from "../../core/define_target.ts";
 import { UblkError, UsageError } from "../../core/error.ts";
+import { tryLock } from "../../core/file_identity.ts";
 import { openImage } from "../../targets/http.ts";
 import { CacheFile } from "../../targets/http_cache.ts";
 import { goodAnswer, type PlayedImage, PlayedWeb } from "../fuzz/played_web.ts";
@@ -312,6 +315,54 @@ test("http: several devices make and use one cache at the same time", async () =
     if (round % 2) { for (const file of [all.cache, all.map]) rmSync(file); }
     else rmSync(all.cache);
   }
+});
+
+test("http: of several images that begin one cache at once, one has it", async () => {
+  using all = scene();
+  const urls = ["one", "two", "three", "four"].map((name) => `https://host/${name}.img`);
+  for (let round = 0; round < 20; round++) {
+    const version = (url: string) => ({ url, validator: '"one"', bytes: SIZE });
+    const openings = [...urls, ...urls].map((url) =>
+      CacheFile.open(all.cache, version(url), () => {}).then((file) => ({ url, file }))
+    );
+    const settled = await Promise.allSettled(openings);
+    const had = settled.filter((one) => one.status === "fulfilled").map(({ value }) => value);
+    const refusals = settled.filter((one) => one.status === "rejected");
+    assert.strictEqual(had.length, 2, "both devices of one image");
+    assert.strictEqual(had[0]!.url, had[1]!.url);
+    for (const { reason } of refusals) {
+      assert.ok(reason instanceof UsageError, `${reason}`);
+      assert.match(reason.message, /is of another image/);
+    }
+    assert.deepStrictEqual(readdirSync(all.directory).sort(), ["cache.img", "cache.img.map"]);
+    const { url, file } = had[0]!;
+    assert.ok(readFileSync(all.map, "latin1").includes(url));
+    await file.close();
+    await had[1]!.file.close();
+    if (round % 2) truncateSync(all.cache, 0);
+    else for (const path of [all.cache, all.map]) rmSync(path);
+  }
+});
+
+test("http: who locked the cache, and removes it or goes on, is waited for", async () => {
+  using all = scene();
+  await all.served(BLOCK);
+  const old = openSync(all.cache, "r+");
+  assert.ok(tryLock(old, "lock the cache"));
+  let device: BlockDevice | undefined;
+  const opening = all.open().then((opened) => device = opened);
+  await sleep(100);
+  assert.strictEqual(device, undefined, "it waits");
+  rmSync(all.cache);
+  closeSync(old);
+  device = await opening;
+  const free = openSync(all.cache, "r+");
+  assert.ok(tryLock(free, "lock the cache"), "nobody has the lock of a cache in use");
+  closeSync(free);
+  await all.reads(device, 0, 4096);
+  await device.close!();
+  assert.strictEqual(statSync(all.cache).size, SIZE);
+  assert.strictEqual(known(all), 1);
 });
 
 test("http: a copy of both files is another cache's", async () => {
