@@ -117,12 +117,21 @@ export function deviceIds(control: Control): number[] {
 /** As many ids as are looked at for devices that are deleted and still held: /sys has none. */
 const DELETED_IDS = 64;
 
-/** Ids that are taken only because somebody holds the device that had them. */
-export async function deletedIds(control: Control): Promise<number[]> {
-  const there = deviceIds(control);
-  const found: number[] = [];
-  for (let id = 0; id < DELETED_IDS; id++) {
-    if (!there.includes(id) && (await holders(control, id))) found.push(id);
+/** Ids that are taken only because somebody holds the device that had them, and who does. */
+export async function deletedDevices(
+  control: Control,
+): Promise<{ id: number; heldBy: readonly string[] }[]> {
+  const there = new Set(deviceIds(control));
+  const ids = Array.from({ length: DELETED_IDS }, (_, id) => id).filter((id) => !there.has(id));
+  const found = [];
+  while (ids.length > 0) {
+    const some = ids.splice(0, Math.max(control.room, 1)); // Each has a command at a time.
+    // Awaited all: none may be on its way when the control device is closed.
+    const answers = await Promise.allSettled(some.map((id) => holders(control, id)));
+    for (const [nth, answer] of answers.entries()) {
+      if (answer.status === "rejected") throw answer.reason;
+      if (answer.value) found.push({ id: some[nth]!, heldBy: answer.value });
+    }
   }
   return found;
 }

@@ -11,7 +11,7 @@ import type { TargetFacts } from "../core/target.ts";
 import { oneLine } from "../core/text.ts";
 import { filesOf, tellLostNames } from "./backing_files.ts";
 import {
-  deletedIds,
+  deletedDevices,
   describeAll,
   describeDevice,
   describeParams,
@@ -19,7 +19,6 @@ import {
   dumpDevice,
   dumpFeatures,
   featureNames,
-  holders,
   knownParams,
   whenFree,
 } from "./describe.ts";
@@ -79,9 +78,8 @@ async function list({ number, long, verbose, json }: ListOptions): Promise<void>
   for (const { id, heldBy } of devices) {
     if (heldBy) tell(`device ${id} is deleted; ${whenFree(heldBy)}`);
   }
-  for (const id of number === undefined ? await deletedIds(control) : []) {
-    const heldBy = await holders(control, id);
-    if (heldBy) tell(`device ${id} is deleted; ${whenFree(heldBy)}`);
+  for (const { id, heldBy } of number === undefined ? await deletedDevices(control) : []) {
+    tell(`device ${id} is deleted; ${whenFree(heldBy)}`);
   }
   if (failed !== undefined) throw failed;
 }

@@ -189,6 +189,11 @@ export class Control implements Disposable {
     return this.#ioctlEncoded;
   }
 
+  /** How many commands may be given now: one that has missed its deadline keeps its area. */
+  get room(): number {
+    return this.#freePayloads.length;
+  }
+
   /** Makes /dev/ublkcN. @returns what the kernel made of the request: it may lower values. */
   async addDevice(request: Parameters<Dialect["packInfo"]>[0]): Promise<DeviceInfo> {
     const payload = this.dialect.packInfo(request);
@@ -324,8 +329,9 @@ export class Control implements Disposable {
       const path = this.dialect.charPath(deviceId);
       const result = await this.#run("GET_DEV_INFO2", { deviceId, payload, path });
       if (result === 0) return this.#heard(this.dialect.unpackInfo(payload));
-      // The older command says only EINVAL of another user's device.
-      if (result === -ERRNO.EACCES) {
+      // The older command says only EINVAL of another user's device. A driver with encoded opcodes
+      // has this one; others may say ENODEV of a command that they do not know.
+      if (result === -ERRNO.EACCES || result === -ERRNO.ENODEV && this.#ioctlEncoded) {
         throw UblkError.from(result, "GET_DEV_INFO", { device: deviceId });
       }
     }
