@@ -173,6 +173,8 @@ export class ImageSource implements ImageVersion {
   async read(start: number, end: number, deadline: number, sink: Sink): Promise<void> {
     let at = start;
     let failures = 0;
+    // Who begins at the end of the time, after another has given up, learns nothing more.
+    const isLate = deadline - this.#around.now() < BACK_OFF_MIN_MS;
     let trouble: Trouble | undefined;
     while (at < end) {
       const before = at;
@@ -190,7 +192,8 @@ export class ImageSource implements ImageVersion {
       } catch (error) {
         if (!(error instanceof Trouble)) throw error;
         // At the end of the time, what went before says more than a silence that was cut short.
-        if (!trouble || !this.isOver(deadline)) trouble = error;
+        const isCut = deadline - this.#around.now() < BACK_OFF_MIN_MS;
+        trouble = isCut && (trouble ?? (isLate ? this.#last : undefined)) || error;
         this.#last = trouble;
         this.#place = this.#href;
         if (place !== this.#href) continue; // The way may lead elsewhere by now.
@@ -271,15 +274,17 @@ export class ImageSource implements ImageVersion {
   ): Promise<void> {
     if (this.#active < CONNECTIONS) this.#active++;
     else {
-      const { promise, resolve } = Promise.withResolvers<void>();
-      this.#waiting.add(resolve);
-      try {
-        await this.within(promise, deadline);
-      } catch (error) {
-        // Its turn may have come at the very end.
-        if (!this.#waiting.delete(resolve)) this.#disconnected();
-        throw error;
-      }
+      await new Promise<void>((resolve, reject) => {
+        const wake = () => {
+          cancel();
+          resolve();
+        };
+        const cancel = this.#around.after(deadline - this.#around.now(), () => {
+          this.#waiting.delete(wake);
+          reject(this.#gaveUp(trouble));
+        });
+        this.#waiting.add(wake);
+      });
     }
     try {
       this.#goOn(deadline, trouble);

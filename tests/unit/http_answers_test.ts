@@ -452,6 +452,7 @@ test("http: credentials go where the URL leads, and not to where it is redirecte
   };
   const far = { offset: 9 * BLOCK, length: 512, buffer, signal };
   await web.run(Promise.resolve(device.read(far)));
+  assert.strictEqual(web.now(), 0, "at once");
   await device.close!();
 });
 
