@@ -4,6 +4,7 @@
  * @module
  */
 
+import { constants } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import type { Control } from "../core/control.ts";
@@ -14,6 +15,8 @@ import { SECTOR_BYTES } from "../core/queue.ts";
 import { openInThread, startQueueThread, unless } from "../core/queue_thread.ts";
 import { readState } from "../core/state.ts";
 import type { OpenTarget } from "../core/target.ts";
+import type { Shim } from "../ffi/mod.ts";
+import { lockFile } from "../targets/loop.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import { MODULE_TARGET, type ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";
@@ -42,7 +45,24 @@ export async function openTarget(
   const { dialect, shim } = control;
   const { name } = spec.target;
   if (spec.recover === undefined) await refuseAwaited(control, spec, held.files);
-  if (isDefined(name)) return await openDefined(control, spec, held, signal, log);
+  const patiently = async <T>(work: () => T): Promise<T> => {
+    const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
+    for (;;) {
+      signal.throwIfAborted();
+      try {
+        return work();
+      } catch (error) {
+        const busy = error instanceof UblkError && error.errno === "EBUSY";
+        if (!busy) throw error;
+        if (performance.now() > deadline) throw (await hasServer(control, spec.recover)) ?? error;
+        await sleep(100);
+      }
+    }
+  };
+  if (isDefined(name)) {
+    const locked = name === MODULE_TARGET ? held : await patiently(() => lockHeld(held, shim));
+    return await openDefined(control, spec, locked, signal, log);
+  }
   const known = spec.recover === undefined ? undefined : await control.getParams(spec.recover);
   const options = {
     ...spec.target.options,
@@ -53,19 +73,40 @@ export async function openTarget(
     }),
   };
   const context = { shim, hasVolatileCache: dialect.hasVolatileCache, held: held.find };
-  const deadline = performance.now() + (spec.recover === undefined ? 0 : LOCK_PATIENCE_MS);
-  for (;;) {
-    signal.throwIfAborted();
-    try {
-      const target = findTarget(name).open(options, context);
-      return { target: letsGo(target, held), files: held.known() };
-    } catch (error) {
-      const busy = error instanceof UblkError && error.errno === "EBUSY";
-      if (!busy) throw error;
-      if (performance.now() > deadline) throw (await hasServer(control, spec.recover)) ?? error;
-      await sleep(100);
+  const target = await patiently(() => findTarget(name).open(options, context));
+  return { target: letsGo(target, held), files: held.known() };
+}
+
+/**
+ * Locks what a target keeps its data in: it opens that itself, in each of its queues. A module has
+ * locks of its own, or none.
+ *
+ * @returns the same files, whose locks end when they are closed. @throws {UblkError} EBUSY.
+ */
+export function lockHeld(held: HeldFiles, shim: Shim): HeldFiles {
+  const locks: number[] = [];
+  const unlock = () => {
+    for (const fd of locks) shim.native.ubd_close(fd);
+  };
+  try {
+    for (const [nth, { path, optional }] of held.files.entries()) {
+      const flags = constants.O_RDWR | constants.O_NONBLOCK;
+      const fd = optional ? -1 : shim.open(descriptorPath(held.fds[nth]!), flags);
+      if (fd < 0) continue; // What is wrong with it, the target will say.
+      locks.push(fd);
+      lockFile({ path, fd, readOnly: false }, shim);
     }
+  } catch (error) {
+    unlock();
+    throw error;
   }
+  return {
+    ...held,
+    close() {
+      unlock();
+      held.close();
+    },
+  };
 }
 
 /** In the thread that serves it. What files a module keeps its data in is known only then. */

@@ -186,7 +186,9 @@ export const loopTarget: TargetType<LoopOptions, LoopSpec> = {
 export function openBacking(options: LoopOptions, context: OpenContext): Backing {
   const backing = openUnlocked(options, context);
   try {
-    lock(options.file, backing.fd, options, context);
+    const { path, fd } = backing;
+    const { readOnly = false, force } = options;
+    if (!force) lockFile({ path, fd, readOnly }, context.shim, ", or add --force if you are sure");
   } catch (error) {
     context.shim.native.ubd_close(backing.fd);
     throw error;
@@ -334,27 +336,33 @@ function directObstacle(
   return read < 0 ? `direct I/O of ${unit || 512} bytes fails: ${errnoName(-read)}` : undefined;
 }
 
-/** One writer, or many readers. The lock ends with the server, however it ends. */
-function lock(path: string, fd: number, options: LoopOptions, { shim }: OpenContext): void {
-  if (options.force) return;
+/**
+ * One writer, or many readers. The lock ends with the server, however it ends.
+ *
+ * @param sure what else can be done, for the message.
+ * @throws {UblkError} EBUSY: another has it; or its file system has no locks.
+ */
+export function lockFile(
+  { path, fd, readOnly }: { path: string; fd: number; readOnly: boolean },
+  shim: OpenContext["shim"],
+  sure = "",
+): void {
   const operation = `lock ${path}`;
-  const sure = "or add --force if you are sure";
-  const result = shim.native.ubd_flock(fd, (options.readOnly ? LOCK_SH : LOCK_EX) | LOCK_NB);
+  const result = shim.native.ubd_flock(fd, (readOnly ? LOCK_SH : LOCK_EX) | LOCK_NB);
   if (result === -ERRNO.EAGAIN) {
     const whose = lockOwners(fd);
     const who = whose.length > 0 ? whose.join(", ") : "another process";
-    const hint = `${who} serves or uses it; stop that one, ${sure}`;
+    const hint = `${who} serves or uses it; stop that one${sure}`;
     throw new UblkError({ errno: "EBUSY", operation, hint });
   }
   if (result < 0) {
-    const hint =
-      `its file system has no locks, so a second writer would not be noticed; see that ` +
-      `there is none, and add --force`;
+    const hint = "its file system has no locks, so a second writer would not be noticed" +
+      (sure && "; see that there is none, and add --force");
     throw UblkError.from(result, operation, { hint });
   }
-  const taken = options.readOnly ? undefined : kernelLoopOn(fd, shim);
+  const taken = readOnly ? undefined : kernelLoopOn(fd, shim);
   if (taken) {
-    const hint = `${taken} has it as backing file; losetup -d ${taken}, ${sure}`;
+    const hint = `${taken} has it as backing file; losetup -d ${taken}${sure}`;
     throw new UblkError({ errno: "EBUSY", operation, hint });
   }
 }

@@ -171,6 +171,32 @@ deviceTest("an image by descriptor: standard input, and one of the shell's", {
   assert.match(none.stderr, /EBADF.*descriptor 77/);
 });
 
+deviceTest("fault has its file for itself, in all of its queues and all of its servers", {
+  anyKernel: true,
+}, async (scene) => {
+  const image = scene.image("disk.img", 8 << 20);
+  const device = await scene.add("fault", image, "--recovery", "-q", "2");
+  const refused = async () => {
+    for (const target of ["fault", "loop"]) {
+      const { code, stderr } = await scene.ubd("add", target, image);
+      assert.equal(code, 4, stderr);
+      assert.match(stderr, /Cannot lock .*disk\.img: EBUSY.*process \d+ \(/);
+    }
+  };
+  await refused();
+  const upgraded = await scene.ubd("upgrade", `${device.id}`);
+  assert.equal(upgraded.code, 0, upgraded.stderr);
+  await refused();
+  const { pid } = scene.adopt(upgraded.stdout);
+  process.kill(pid, "SIGKILL");
+  await until(() => !existsSync(`/proc/${pid}`));
+  const recovered = await scene.ubd("recover", `${device.id}`);
+  assert.equal(recovered.code, 0, recovered.stderr);
+  await refused();
+  await scene.del(scene.adopt(recovered.stdout));
+  await scene.del(await scene.add("loop", image));
+});
+
 deviceTest("a name that is no UTF-8 is served, told, recovered and deleted", {
   anyKernel: true,
 }, async (scene) => {

@@ -138,7 +138,10 @@ deviceTest("targets refuse options that are wrong, and leave nothing", {
     [["memory", "--block-size", "8K"], /Block size 8192: it must be 512, 1024, 2048 or 4096/],
     [["memory", file!], /Option "file": there are size, blockSize/],
     [["fault", file!, "--opt", "errorRate=2"], /"errorRate" is "2": say a probability/],
-    [["fault", "-q", "2"], /Number of queues 2: this target can be served by 1/],
+    [
+      ["fault", "-q", "2", "--opt", "cache=true"],
+      /Number of queues 2: this target can be served by 1/,
+    ],
     [["stripe", file!, "--chunk", "2M"], /Chunk 2097152: the smallest file has 1048576 bytes/],
   ];
   for (const [args, message] of refused) {

@@ -28,6 +28,7 @@ import {
   holdFiles,
   lostNames,
 } from "../../cli/backing_files.ts";
+import { lockHeld } from "../../cli/open_target.ts";
 import { UblkError, UsageError } from "../../core/error.ts";
 import { descriptorPath, identify, isSameFile } from "../../core/file_identity.ts";
 import { Shim } from "../../ffi/mod.ts";
@@ -270,4 +271,23 @@ test("filesOf knows what specs of version 0.1.0 had", () => {
   assert.deepStrictEqual(of("stripe", { files: ["/a", "/b"] }), [{ path: "/a" }, { path: "/b" }]);
   assert.deepStrictEqual(of("module", { file: "/x.ts" }), []);
   assert.deepStrictEqual(of("null", {}), []);
+});
+
+test("what a target opens in its queues is locked until it is closed", () => {
+  const path = image("locked");
+  const held = lockHeld(holdFiles(shim, [backingFile(path)]), shim);
+  assert.strictEqual(readFileSync(descriptorPath(held.find(path)!), "utf8"), "locked");
+  const second = holdFiles(shim, [{ path: image("free") }, backingFile(path)]);
+  const opened = () => readdirSync("/proc/self/fd").length;
+  const before = opened();
+  const isBusy = (error: unknown) =>
+    error instanceof UblkError && error.errno === "EBUSY" &&
+    new RegExp(`lock ${path}.*process ${process.pid} .*stop that one\\)$`).test(error.message);
+  assert.throws(() => lockHeld(second, shim), isBusy);
+  assert.strictEqual(opened(), before);
+  held.close();
+  lockHeld(second, shim).close();
+  // A cache may be shared; a directory is the target's to refuse.
+  const shared = [{ path, optional: true }, backingFile(directory)];
+  lockHeld(holdFiles(shim, shared), shim).close();
 });
