@@ -2,7 +2,7 @@
 /** `ubd del`: stops and deletes devices, whoever serves them. @module */
 
 import process from "node:process";
-import { clearTimeout, setTimeout } from "node:timers";
+import { clearInterval, clearTimeout, setInterval, setTimeout } from "node:timers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Command, Option } from "commander";
 import { UBLK_F_SAFE_STOP_DEV, UBLK_S_DEV_DEAD } from "../abi/ublk_cmd.ts";
@@ -15,7 +15,7 @@ import { deviceIds, isDeleted, isNoneOfOurs, takenError, whenFree } from "./desc
 import { deviceLogRemover } from "./device_log.ts";
 import { EXIT, ReportedError, reportFailure, toFailure } from "./exit.ts";
 import { printJson, tell } from "./output.ts";
-import { requestsInFlight, ServedBy } from "./served_by.ts";
+import { diskWatch, requestsInFlight, ServedBy } from "./served_by.ts";
 import { STOPPING_SIGNAL } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
 
@@ -191,7 +191,11 @@ export async function deleteDevice(
   const stopping = `is being stopped, by the driver, which goes on with that; ${goOn}`;
   if (!asks && !force) refuse(id, (await findUsers(nodes)).lines);
   onStep(stopping);
-  const stopped = asks && await stopUnused(control, id, nodes, waiting);
+  const isGoing = diskWatch(blockName);
+  // What may still be refused must not end anything in a server that then goes on.
+  const asking = <T>(work: Promise<T>) =>
+    hurried(control, id, server, { force, kill, mayTell: () => isGoing() === true }, work);
+  const stopped = asks && await stopUnused(control, id, nodes, asking);
   if (!stopped && !lazy) await waiting(control.stopDevice(id));
   checkpoint("stopped");
   if (!keep) {
@@ -275,7 +279,12 @@ async function hurried<T>(
   control: Control,
   id: number,
   server: ServedBy | undefined,
-  { force, kill }: { force: boolean; kill: string },
+  { force, kill, mayTell = () => true }: {
+    force: boolean;
+    kill: string;
+    /** Whether the device is certain to stop. */
+    mayTell?: () => boolean;
+  },
   work: Promise<T>,
 ): Promise<T> {
   const ours = server?.ours ? server : undefined;
@@ -285,8 +294,12 @@ async function hurried<T>(
     const who = server ? `${server}` : "the driver waits for somebody";
     return `${who}${requests && `; ${requests}`}${server ? kill : ""}`;
   };
+  const telling = setInterval(() => {
+    if (!mayTell()) return;
+    clearInterval(telling);
+    send(STOPPING_SIGNAL);
+  }, STOP_PATIENCE_MS);
   const timers = [
-    setTimeout(send, STOP_PATIENCE_MS, STOPPING_SIGNAL),
     setTimeout(() => tell(`device ${id} takes its time: ${wait()}`), SILENCE_MS),
     // One that is stopped will not have answered in a while either.
     ...(force ? [setTimeout(send, ours?.isStopped ? 0 : FORCE_PATIENCE_MS, "SIGKILL")] : []),
@@ -297,6 +310,7 @@ async function hurried<T>(
     if (!(error instanceof UblkError && error.errno === "ETIMEDOUT")) throw error;
     throw new UblkError({ ...error.details, hint: `${wait()}; ${error.hint}` });
   } finally {
+    clearInterval(telling);
     for (const timer of timers) clearTimeout(timer);
   }
 }

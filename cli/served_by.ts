@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /** The process that serves a device: what it does, and how it is made to end. @module */
 
+import { existsSync } from "node:fs";
 import type { DeviceInfo } from "../abi/dialect.ts";
 import { UBLK_S_DEV_LIVE } from "../abi/ublk_cmd.ts";
 import type { Control } from "../core/control.ts";
@@ -63,6 +64,19 @@ export class ServedBy {
     const where = worst === "D" && waitsFor.length > 0 ? ` (${waitsFor.join(", ")})` : "";
     return `its server, process ${pid}, ${STATES[worst ?? state] ?? "has ended"}${where}`;
   }
+}
+
+/**
+ * Watches whether the kernel takes a disk away: nothing can refuse or undo that any more, though
+ * requests may still wait for an answer, and the driver calls the device LIVE until they have it.
+ *
+ * @returns what tells that; it tells undefined where the disk was not to be seen in the first place.
+ */
+export function diskWatch(blockName: string): () => boolean | undefined {
+  // What the kernel removes before it waits for requests; the disk itself goes after that.
+  const early = `/sys/block/${blockName}/bdi`;
+  const visible = existsSync(early);
+  return () => visible ? !existsSync(early) : undefined;
 }
 
 /** "3 requests wait for an answer"; empty when none does, or the disk is gone. */

@@ -41,6 +41,7 @@ import { boundDeviceLog, deviceLogRemover, dropOwnDeviceLog, nameDeviceLog } fro
 import { EXIT, toFailure } from "./exit.ts";
 import { limitNotes, raiseLimits } from "./limits.ts";
 import { letServerGo } from "./quiescing.ts";
+import { diskWatch } from "./served_by.ts";
 import { createServerLog, type ServerLog } from "./server_log.ts";
 import {
   answer,
@@ -71,6 +72,10 @@ const RECOVERY_FLAGS: Record<RecoveryMode, bigint> = {
 
 /** How long the target's own code may keep a thread that was told that the device stops. */
 const DEAF_PATIENCE_MS = 10_000;
+
+/** How long a stop that was announced may take to begin, as STOP_DEV may; and how often to look. */
+const GOING_PATIENCE_MS = 60_000;
+const GOING_PAUSE_MS = 100;
 
 /** How often a server without a leash looks whether its device is still used. */
 const USERS_PAUSE_MS = 500;
@@ -140,7 +145,10 @@ export async function serve(spec: ServerSpec, options: ServeOptions): Promise<vo
       process.exit(order === "leave" ? EXIT.INTERRUPTED : EXIT.OK);
     }, DEAF_PATIENCE_MS);
   };
-  process.on(STOPPING_SIGNAL, () => {
+  const isGoing = diskWatch(control.dialect.blockName(id));
+  // Whoever sends this may be refused yet, or be another version: the disk itself tells.
+  process.on(STOPPING_SIGNAL, async () => {
+    if (!(await confirmed(isGoing))) return;
     device.stopping();
     endIfDeaf();
   });
@@ -339,6 +347,16 @@ async function leave(control: Control, device: Device): Promise<void> {
 /** A device that a server may leave can also be told to be left, where the kernel knows how. */
 function quiescible({ features = 0n }: Control): bigint {
   return features & UBLK_F_QUIESCE;
+}
+
+/** @returns false: the disk that somebody said is being stopped stays. */
+async function confirmed(isGoing: () => boolean | undefined): Promise<boolean> {
+  const deadline = performance.now() + GOING_PATIENCE_MS;
+  while (isGoing() === false) {
+    if (performance.now() > deadline) return false;
+    await sleep(GOING_PAUSE_MS, undefined, { ref: false });
+  }
+  return true;
 }
 
 async function unused(blockName: string): Promise<void> {

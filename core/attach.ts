@@ -80,6 +80,19 @@ export interface Queues {
   facts: QueueFacts[];
   /** Those whose threads do not hear what they are told: see QueueThread. */
   deaf(): number[];
+  /** Tells them that somebody stops the device. */
+  stopping(): void;
+  /**
+   * The same, and waits until all have heard it: a STOP_DEV waits in the driver for a request that
+   * the target's own code never answers, and no process can end before its own commands do, nor
+   * close the character device, which alone would end that request. Without end: only the end of
+   * this process helps, and nothing keeps it from that here.
+   *
+   * A queue that hears this and then begins to spin is not found. To give the command apart
+   * (`Control.apart`) is no way out: a forked process has the io descriptors and the rings mapped,
+   * and with them the character device open.
+   */
+  heard(): Promise<void>;
   ended: Promise<void>;
   /** Device nodes that this process has made, since nothing else did. */
   nodes: Nodes;
@@ -213,7 +226,16 @@ export async function attach(
     const theirs = shares.filter((_, index) => !threads[index]!.hears()).flat();
     return [...new Set(theirs.map(({ queueId }) => queueId))];
   };
-  return { threads, facts, deaf, ended, nodes, during, release };
+  const stopping = () => {
+    for (const thread of threads) thread.stopping();
+  };
+  const heard = async () => {
+    stopping();
+    for (let pauseMs = 0.25; deaf().length > 0; pauseMs = Math.min(pauseMs * 1.5, 25)) {
+      await sleep(pauseMs);
+    }
+  };
+  return { threads, facts, deaf, stopping, heard, ended, nodes, during, release };
 }
 
 export function once<A extends unknown[]>(work: (...args: A) => void): (...args: A) => void {

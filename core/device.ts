@@ -99,7 +99,7 @@ export class Device {
   readonly ended: Promise<void>;
   readonly #control: Control;
   readonly #threads: readonly QueueThread[];
-  readonly #deaf: () => number[];
+  readonly #queues: Pick<Queues, "deaf" | "stopping" | "heard">;
   /** Releases the character device and the target. */
   readonly #release: (staying: boolean) => void;
 
@@ -108,17 +108,17 @@ export class Device {
     info: DeviceInfo,
     queues: QueueFacts[],
     notes: readonly string[],
-    { ended, threads, deaf, nodes }: Queues,
+    served: Queues,
     release: (staying: boolean) => void,
   ) {
     this.#control = control;
     this.info = info;
     this.queues = queues;
     this.notes = notes;
-    this.nodes = nodes.paths;
-    this.ended = ended;
-    this.#threads = threads;
-    this.#deaf = deaf;
+    this.nodes = served.nodes.paths;
+    this.ended = served.ended;
+    this.#threads = served.threads;
+    this.#queues = served;
     this.#release = once(release);
   }
 
@@ -185,7 +185,10 @@ export class Device {
         await control.setParams(info.id, params);
         refuseDroppedParams(params.types!, (await control.getParams(info.id)).types, info.id);
       });
-      undo.push(() => control.stopDevice(info.id));
+      undo.push(async () => {
+        await queues.heard();
+        await control.stopDevice(info.id);
+      });
       await queues.during("START_DEV", control.startDevice(info.id, process.pid));
       checkpoint("started");
       return await Device.#live(control, info.id, queues, mode.notes, options);
@@ -300,20 +303,21 @@ export class Device {
 
   /** Tells the target that somebody stops the device: requests that wait for something end. */
   stopping(): void {
-    for (const thread of this.#threads) thread.stopping();
+    this.#queues.stopping();
   }
 
   /** Queues whose threads have not heard of that: the target's own code keeps them. */
   get deaf(): number[] {
-    return this.#deaf();
+    return this.#queues.deaf();
   }
 
   /**
    * Stops, drains and deletes. I/O in flight is answered first. Idempotent on the driver's side.
-   * What a queue has failed with, `ended` tells.
+   * What a queue has failed with, `ended` tells. While a queue is `deaf`, nothing is asked of the
+   * driver, so that this process can end.
    */
   async stop(): Promise<void> {
-    this.stopping();
+    await this.#queues.heard();
     await ignoring(["ENODEV"], this.#control.stopDevice(this.info.id));
     await Promise.allSettled(this.#threads.map((thread) => thread.ended));
     this.letGo();

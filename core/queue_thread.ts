@@ -167,6 +167,7 @@ export function startQueueThread(
     wakeFds = []; // A number may be another's then.
   });
   const order = (what: number) => {
+    Atomics.and(orders, 1, ~what); // Heard before, it is to be heard again.
     Atomics.or(orders, 0, what);
     for (const fd of wakeFds) shim.native.ubd_wake(fd);
   };

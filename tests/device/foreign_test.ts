@@ -5,6 +5,7 @@ import { existsSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
 import { EXIT } from "../../cli/exit.ts";
+import { STOPPING_SIGNAL } from "../../cli/start_server.ts";
 import { type Added, deviceTest, gone, type Scene, servers, until } from "./helpers.ts";
 
 const LOOP = "for (;;);";
@@ -76,13 +77,52 @@ deviceTest("a handler that spins does not keep ubd del, nor a signal to the serv
     assert.notEqual((await reader.ended).code, 0);
     assert.ok(await until(() => servers().length === 0));
   }
+  const later = writeModule(
+    scene,
+    "later",
+    spins.replace("read", "async read").replace("{ if", "{ await 0; if"),
+  );
+  for (const module of [file, later]) {
+    const device = await scene.add(module, "--no-partscan");
+    const reader = read(scene, device, 128);
+    await scene.run(["sleep", "2"]);
+    process.kill(device.pid, "SIGTERM");
+    scene.forget(device);
+    await gone(device, 60_000);
+    await reader.ended;
+    assert.ok(await until(() => servers().length === 0));
+  }
+});
+
+deviceTest("a refused ubd del over a slow request takes nothing from a device that stays", {
+  limitS: 200,
+}, async (scene) => {
+  const file = writeModule(
+    scene,
+    "aborts",
+    `size: 1024 ** 2, async read({ offset, buffer, signal }) {
+      signal.throwIfAborted();
+      if (offset === 256 * 1024) await new Promise((resolve) => setTimeout(resolve, 6000));
+      buffer.fill(0);
+    }`,
+  );
   const device = await scene.add(file, "--no-partscan");
-  const reader = read(scene, device, 128);
-  await scene.run(["sleep", "2"]);
-  process.kill(device.pid, "SIGTERM");
-  scene.forget(device);
-  await gone(device, 60_000);
-  await reader.ended;
+  // Who reads the partitions holds the disk's lock, which TRY_STOP_DEV waits for.
+  const holder = scene.start(["bash", "-c", `exec 3< ${device.path}; exec sleep 600`]);
+  const slow = read(scene, device, 64);
+  await scene.run(["sleep", "1"]);
+  const scan = scene.start(["blockdev", "--rereadpt", device.path]);
+  const { code, stderr } = await scene.ubd("del", `${device.id}`);
+  assert.equal(code, EXIT.BUSY, stderr);
+  await scan.ended;
+  assert.equal((await slow.ended).code, 0);
+  // Nor does who announces a stop that does not come.
+  process.kill(device.pid, STOPPING_SIGNAL);
+  await scene.run(["sleep", "1"]);
+  assert.equal((await read(scene, device).ended).code, 0);
+  process.kill(holder.pid, "SIGKILL");
+  await holder.ended.catch(() => {});
+  await scene.del(device);
 });
 
 deviceTest("what a module throws in a timer, or does not await, is logged; the device lives", {

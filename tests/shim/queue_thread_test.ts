@@ -4,7 +4,7 @@
  * each tag is at once a READ of nothing, again and again. Needs io_uring.
  */
 import assert from "node:assert/strict";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
@@ -19,11 +19,17 @@ import { queueThreadEntry } from "../../targets/queue_thread.ts";
 
 const TIMEOUT = { timeout: 30_000 };
 
-/** Slow to close, which nothing may be served after. */
-const MODULE = `let closed = false;
+/** Slow to close, which nothing may be served after; while "hold" is there, it spins. */
+const MODULE = `import { existsSync, writeFileSync } from "node:fs";
+const [hold, spins] = ["hold", "spins"].map((name) => import.meta.dirname + "/" + name);
+let closed = false;
 export default {
   size: 1024 ** 2,
-  read() { if (closed) throw new Error("read after close"); },
+  read() {
+    if (closed) throw new Error("read after close");
+    if (existsSync(hold)) writeFileSync(spins, "");
+    while (existsSync(hold));
+  },
   async close() {
     closed = true;
     await new Promise((resolve) => setTimeout(resolve, 50));
@@ -40,7 +46,7 @@ function cpus(tid = process.pid): number[] {
 async function serving(
   log: string[],
   special: readonly Partial<Assignment>[],
-  check: (thread: QueueThread, tid: number) => Promise<void>,
+  check: (thread: QueueThread, tid: number, directory: string) => Promise<void>,
 ): Promise<void> {
   const shim = new Shim();
   const directory = mkdtempSync(join(tmpdir(), "ubd-queue-thread-"));
@@ -65,7 +71,7 @@ async function serving(
   }));
   try {
     await thread.opened;
-    await check(thread, await thread.serve(...configs));
+    await check(thread, await thread.serve(...configs), directory);
   } finally {
     thread.abandon();
     await thread.ended.catch(() => {});
@@ -102,5 +108,23 @@ test(
       await assert.rejects(thread.ended, { errno: "EBADF" });
     });
     assert.deepEqual(log.filter((text) => /after close/.test(text)), []);
+  },
+);
+
+test(
+  "a thread that has heard of a stop, and spins now, does not hear of the next",
+  TIMEOUT,
+  async () => {
+    await serving([], [{}], async (thread, _tid, directory) => {
+      const hold = join(directory, "hold");
+      thread.stopping();
+      while (!thread.hears()) await sleep(1);
+      writeFileSync(hold, "");
+      while (!existsSync(join(directory, "spins"))) await sleep(1);
+      thread.stopping();
+      assert.equal(thread.hears(), false);
+      rmSync(hold);
+      while (!thread.hears()) await sleep(1);
+    });
   },
 );

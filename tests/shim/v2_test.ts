@@ -10,6 +10,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { type Dialect, UBD_V2 } from "../../abi/dialect.ts";
 import {
   UBLK_F_UNPRIVILEGED_DEV,
@@ -102,6 +103,50 @@ test("START_DEV waits until every queue says that its tags are fetched", TIMEOUT
   const order = set.driver.asked.filter((what) => /fetched|START_DEV/.test(what));
   assert.deepEqual(order, ["fetched?", "fetched?", "fetched", "fetched", "START_DEV"]);
   assert.deepEqual(set.driver.crashes, []);
+});
+
+test("while a queue does not hear, no STOP_DEV is given that its process could not end before", {
+  ...TIMEOUT,
+}, async () => {
+  for (const starting of [false, true]) {
+    const interrupted = new AbortController();
+    const read = () => starting && interrupted.abort(new Error("told to end"));
+    const blockDevice = { ...ZEROES, read: () => void read() };
+    using set = await setUp(blockDevice);
+    const served = await openDefinition({ open: () => blockDevice }, {}, undefined, () => {});
+    const here = openHere(served, set.driver, () => {});
+    let hears = false;
+    let looks = 0;
+    const startThread = (queueId: number) => {
+      const hasHeard = () => {
+        looks++;
+        return hears;
+      };
+      return { ...here.startThread!(queueId), hears: hasHeard };
+    };
+    const making = Device.create(set.control, {
+      id: -1,
+      queues: 1,
+      depth: 4,
+      ioBytesMax: 4096,
+      flags: 0n,
+      log: () => {},
+      targetName: "here",
+      queueThreadEntry: "",
+      signal: interrupted.signal,
+      target: { ...here, startThread },
+    });
+    const ended = starting
+      ? assert.rejects(making, /told to end/)
+      : making.then((device) => device.stop());
+    const asked = (what: string) => set.driver.asked.includes(what);
+    while (looks < 5 && !asked("STOP_DEV")) await sleep(1);
+    assert.ok(!asked("STOP_DEV") && !asked("DEL_DEV"), `starting: ${starting}`);
+    hears = true;
+    await ended;
+    assert.ok(asked("STOP_DEV") && asked("DEL_DEV"));
+    assert.deepEqual([set.driver.crashes, set.driver.added], [[], false]);
+  }
 });
 
 test("one thread serves two queues, and START_DEV waits for both", TIMEOUT, async () => {

@@ -7,6 +7,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { after, test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { type DeviceInfo, UBLK } from "../../abi/dialect.ts";
 import {
   UBLK_F_SAFE_STOP_DEV,
@@ -165,6 +166,44 @@ test("a stop that takes long is told to the server, and to nobody who has its id
     told.resolve();
     for (const { child } of all) child.kill("SIGKILL");
     await Promise.all(deleted);
+  }
+});
+
+test("a server hears of a stop that may be refused only once the disk goes", {
+  skip,
+  ...TIMEOUT,
+}, async () => {
+  const blockName = `../..${SYSFS}/disk`;
+  const bdi = join(SYSFS, "disk", "bdi");
+  for (const accepted of [false, true]) {
+    mkdirSync(bdi, { recursive: true });
+    const asked = Promise.withResolvers<void>();
+    const answered = Promise.withResolvers<void>();
+    const server = await played(ID, UBLK_S_DEV_LIVE, "/dev/full");
+    const tryStopDevice = () => {
+      asked.resolve();
+      return answered.promise;
+    };
+    const fake = fakeControl({ tryStopDevice }, server.info, UBLK_F_SAFE_STOP_DEV);
+    Object.assign(fake.control, {
+      dialect: { ...fake.control.dialect, blockName: () => blockName },
+    });
+    const deleted = deleteDevice(fake.control, ID, {});
+    deleted.catch(() => {});
+    await asked.promise;
+    if (accepted) {
+      rmSync(bdi, { recursive: true });
+      assert.strictEqual(await server.ended, STOPPING_SIGNAL);
+      answered.resolve();
+      await deleted;
+    } else {
+      // Longer than it takes until a stop that cannot be refused is told.
+      assert.strictEqual(await Promise.race([server.ended, sleep(3000, "untold")]), "untold");
+      answered.reject(UblkError.from(-1, "TRY_STOP_DEV"));
+      await assert.rejects(deleted, { errno: "EPERM" });
+      server.child.kill("SIGKILL");
+      assert.strictEqual(await server.ended, "SIGKILL");
+    }
   }
 });
 
