@@ -155,6 +155,8 @@ async function interruptible<T>(
   }
 }
 
+const ANOTHER = "it was deleted meanwhile, and its id is another device's now";
+
 /**
  * Stops and deletes a device.
  *
@@ -190,6 +192,12 @@ export async function deleteDevice(
     ((control.features ?? 0n) & UBLK_F_SAFE_STOP_DEV) !== 0n;
   const stopping = `is being stopped, by the driver, which goes on with that; ${goOn}`;
   if (!asks && !force) refuse(id, (await findUsers(nodes)).lines);
+  // To look for users takes a while, and so does a stop: the id may be another device's by then.
+  const refuseAnother = async () => {
+    if ((await control.getDeviceInfo(id)).targetFlags === info.targetFlags) return;
+    throw new UblkError({ errno: "ENODEV", operation: "delete", device: id, hint: ANOTHER });
+  };
+  await refuseAnother();
   onStep(stopping);
   const isGoing = diskWatch(blockName);
   // What may still be refused must not end anything in a server that then goes on.
@@ -201,12 +209,13 @@ export async function deleteDevice(
   if (!keep) {
     onStep(`is stopped, and the driver deletes it when all have let go; ${goOn}`);
     // Its server, or another `ubd del`, may have been faster.
-    const deleting = lazy
-      ? control.deleteDeviceLater(id)
-      : force
-      ? deleteHeld(control, id)
-      : control.deleteDevice(id);
-    await ignoring(["ENODEV"], waiting(deleting));
+    const deleting = async () => {
+      await refuseAnother();
+      if (lazy) await control.deleteDeviceLater(id);
+      else if (force) await deleteHeld(control, id);
+      else await control.deleteDevice(id);
+    };
+    await ignoring(["ENODEV"], waiting(deleting()));
     checkpoint("deleted");
   }
   onStep(`is ${keep ? "stopped" : "deleted"}; its server is still to end`);

@@ -238,3 +238,22 @@ test("who is no server of ubd's is waited for until it lets go, and never killed
   child.kill("SIGKILL");
   assert.strictEqual(await ended, "SIGKILL");
 });
+
+test("an id that is another device's by then is left alone, before the stop and after it", async () => {
+  for (const [seen, commands] of [[1, []], [2, ["stopDevice"]]] as const) {
+    const { control, asked } = fakeControl({});
+    let looks = 0;
+    const getDeviceInfo = () =>
+      Promise.resolve({
+        id: ID,
+        pid: -1,
+        state: UBLK_S_DEV_DEAD,
+        flags: 0n,
+        targetFlags: looks++ < seen ? 5n : 6n,
+      });
+    const deleted = deleteDevice(Object.assign(control, { getDeviceInfo }), ID, { force: true });
+    if (seen === 1) await assert.rejects(deleted, { errno: "ENODEV" });
+    else await deleted; // It is gone, as was asked for.
+    assert.deepStrictEqual(asked, commands);
+  }
+});
