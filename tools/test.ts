@@ -129,7 +129,7 @@ const ALONE: Required<Job>["alone"][] = [
 /** The most that one guest can do in about ten minutes, so that both lanes end together. */
 function partsOf(kernel: KernelName, ubd: Runner): Job[] {
   const all = readdirSync(join(ROOT, "tests/device")).filter((name) => name.endsWith("_test.ts"));
-  const count = ubd !== "binary" || kernel === "6.1" ? 1 : kernel === "newest" ? 4 : 2;
+  const count = ubd !== "binary" || kernel === "6.1" ? 1 : kernel === "newest" ? 6 : 3;
   return Array.from({ length: count }, (_, index) => ({
     kernel,
     ubd,
@@ -152,7 +152,7 @@ async function deviceTests({ kernel, ubd, part, files, alone }: Job): Promise<vo
     kernel,
     ubd,
     resultsDir: results,
-    timeoutS: options.full ? 7200 : 1200,
+    timeoutS: options.full ? 7200 : 2400,
     ...(alone?.memoryMiB && { memoryMiB: alone.memoryMiB }),
     env: {
       UBD_RUNNER: ubd,
