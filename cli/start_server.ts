@@ -36,7 +36,7 @@ import { beginningOf } from "../core/proc.ts";
 import { readState, removeState } from "../core/state.ts";
 import { MODULE_TARGET } from "../targets/module.ts";
 import { type BackingFile, filesOf, type HeldFiles, holdFiles } from "./backing_files.ts";
-import { dropDeviceLog, openDeviceLog, readLog } from "./device_log.ts";
+import { deviceLogRemover, dropDeviceLog, openDeviceLog, readLog } from "./device_log.ts";
 import { EXIT, type Failure, ReportedError } from "./exit.ts";
 import { withoutLimits } from "./limits.ts";
 import { passOn } from "./output.ts";
@@ -345,9 +345,12 @@ export async function deleteLeftover(
   try {
     if (!isOurs(await control.getDeviceInfo(id))) return;
     const pid = readState(id)?.pid;
+    const forgetLog = deviceLogRemover(id);
     await control.stopDevice(id);
     await control.deleteDevice(id);
-    if (pid !== undefined) removeState(id, pid);
+    if (pid === undefined) return;
+    removeState(id, pid);
+    forgetLog();
   } catch (error) {
     if (!(error instanceof UblkError && error.errno === "ENODEV")) throw error;
   }

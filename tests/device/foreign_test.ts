@@ -232,10 +232,8 @@ deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes
   // All of it killed: whoever looks sees it, and recover mends it.
   const dead = await during("quiesce", (pid) => process.kill(pid, "SIGKILL"));
   for (const verb of ["list", "info"]) {
-    assert.match(
-      (await scene.ubd(verb, "-n", `${device.id}`)).stdout,
-      /holds all requests.*ubd recover/,
-    );
+    const { stdout, stderr } = await scene.ubd(verb, "-n", `${device.id}`);
+    assert.match(stdout, /holds all requests.*ubd recover/, `${verb}: ${stdout}${stderr}`);
   }
   assert.match((await scene.ubd("doctor")).stdout, /holds all requests/);
   assert.equal((await ask("recover")).code, 0);

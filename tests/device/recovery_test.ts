@@ -258,7 +258,9 @@ deviceTest("the file of a device that waits for a server is spoken for", {
   for (const words of [["loop", image], ["concat", scene.image("first", 1 << 20), "other-name"]]) {
     const { code, stderr } = await scene.ubd("add", ...words);
     assert.equal(code, 4, stderr);
-    assert.match(stderr, /^ubd: Cannot serve \S+\/disk: EBUSY, .*\(device \d+ has it, and waits/);
+    const reason =
+      /^ubd: Cannot serve \S+\/(disk|other-name): EBUSY, .*\(device \d+ has it, and waits/;
+    assert.match(stderr, reason);
   }
   const forced = await scene.add("loop", image, "--ro", "--force");
   await scene.del(forced);

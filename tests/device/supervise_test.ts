@@ -2,7 +2,7 @@
 /** add --supervise: a server that dies is replaced, one that is told to end is not. */
 
 import assert from "node:assert/strict";
-import { readFileSync, readlinkSync, renameSync } from "node:fs";
+import { readFileSync, readlinkSync } from "node:fs";
 import process from "node:process";
 import {
   type Added,
@@ -83,15 +83,15 @@ deviceTest("a supervisor gives up after some deaths, and says so", {
   anyKernel: true,
 }, async (scene) => {
   const image = scene.image("disk", 1 << 20);
-  const device = await scene.add("loop", image, "--supervise");
-  renameSync(image, `${image}.away`);
+  const env = { UBD_DEBUG_EXIT: "recovery started" }; // Each new server dies there.
+  const added = await scene.run(["ubd", "add", "loop", image, "--supervise"], { env });
+  const device = scene.adopt(added.stdout, added.stderr);
   process.kill(device.pid, "SIGKILL");
   assert.ok(await until(() => servers().length === 0, 60_000), "it tries for ever");
   const lines = scene.kernelLines().filter((line) => line.includes("ubd["));
   assert.match(lines.at(-1)!, new RegExp(`gives up device ${device.id} after 5 .*ubd recover`));
   const { state, pid, target } = await facts(scene, device);
   assert.deepEqual([state, pid, target.backing_file], ["QUIESCED", -1, image]);
-  renameSync(`${image}.away`, image);
   const { code, stdout, stderr } = await scene.ubd("recover", `${device.id}`);
   assert.equal(code, 0, stderr);
   const next = scene.adopt(stdout);
@@ -103,12 +103,12 @@ deviceTest("what is deleted while its supervised server is dead stays deleted", 
   anyKernel: true,
 }, async (scene) => {
   const image = scene.image("disk", 1 << 20);
-  const device = await scene.add("loop", image, "--supervise");
-  renameSync(image, `${image}.away`);
+  const env = { UBD_DEBUG_EXIT: "recovery started" };
+  const added = await scene.run(["ubd", "add", "loop", image, "--supervise"], { env });
+  const device = scene.adopt(added.stdout, added.stderr);
   process.kill(device.pid, "SIGKILL");
   const waits = async () => (await facts(scene, device)).state === "QUIESCED";
   assert.ok(await until(waits, 60_000));
-  renameSync(`${image}.away`, image);
   await scene.del(device);
   assert.ok(await until(() => servers().length === 0), "the supervisor ends");
   assert.equal((await scene.ubd("list", "-n", `${device.id}`)).code, 3);
