@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { deviceTest, gone, RUNNER, until } from "./helpers.ts";
+import { deviceTest, gone, isTold, RUNNER, until } from "./helpers.ts";
 
 const skip = RUNNER === "binary" ? false : "needs the compiled executable";
 
@@ -51,7 +51,7 @@ deviceTest("the executable runs no code and takes no settings from its directory
      mkdir node_modules; cp evil.ts node_modules/commander.ts`,
   );
   const job = scene.start(["ubd", "add", "null", "--foreground"]);
-  assert.ok(await until(() => / is live: /.test(job.output()), 60_000), job.output());
+  assert.ok(await until(() => isTold(job), 60_000), job.output());
   const device = scene.adopt(job.output());
   job.kill("SIGINT");
   assert.equal((await job.ended).code, 0);

@@ -126,6 +126,11 @@ export interface JobOptions {
   limitMs?: number;
 }
 
+/** Whether a server in the foreground has told all of its device: the streams have no order. */
+export function isTold(job: Job): boolean {
+  return / is live: /.test(job.output()) && /^dev id /m.test(job.output());
+}
+
 /** A device as `ubd add` told it. */
 export interface Added {
   id: number;

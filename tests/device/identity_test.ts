@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
-import { deviceTest, KERNEL, type Scene, until } from "./helpers.ts";
+import { deviceTest, isTold, KERNEL, type Scene, until } from "./helpers.ts";
 
 /** A mounted file system with a file of 1 MiB, on an image that is then replaced by rename. */
 async function replaced(scene: Scene, ...flags: string[]) {
@@ -160,7 +160,7 @@ deviceTest("an image by descriptor: standard input, and one of the shell's", {
     "-c",
     `exec ubd add loop /dev/fd/9 --foreground 9<> disk.img`,
   ]);
-  assert.ok(await until(() => / is live: /.test(foreground.output()), 60_000), foreground.output());
+  assert.ok(await until(() => isTold(foreground), 60_000), foreground.output());
   const device = scene.adopt(foreground.output());
   await scene.sh(`cmp -n 1M data ${device.path}`);
   foreground.kill("SIGINT");

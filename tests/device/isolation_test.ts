@@ -12,6 +12,7 @@ import {
   blockStat,
   cannotRun,
   deviceTest,
+  isTold,
   RUNNER,
   Scene,
   sleep,
@@ -71,7 +72,7 @@ deviceTest("a server in the foreground, too, is an I/O flusher with all its thre
   everywhere: "deno",
 }, async (scene) => {
   const job = scene.start(["ubd", "add", "null", "--foreground"]);
-  assert.ok(await until(() => / is live: /.test(job.output()), 60_000), job.output());
+  assert.ok(await until(() => isTold(job), 60_000), job.output());
   const device = scene.adopt(job.output());
   assert.notEqual(readFileSync(`/proc/${device.pid}/comm`, "utf8").trim(), "exe");
   const threads = await threadFlags(scene, device.pid);

@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { existsSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { deviceTest, gone, RUNNER, scaled, sleep, statePath, until } from "./helpers.ts";
+import { deviceTest, gone, isTold, RUNNER, scaled, sleep, statePath, until } from "./helpers.ts";
 
 /** The lines that `ublk` prints and scripts parse. */
 const DUMP = new RegExp(
@@ -175,7 +175,7 @@ deviceTest("--foreground serves until Ctrl-C, deletes its device, exits 0", {
   everywhere: "deno",
 }, async (scene) => {
   const job = scene.start(["ubd", "add", "null", "--foreground"]);
-  assert.ok(await until(() => / is live: /.test(job.output()), 60_000), job.output());
+  assert.ok(await until(() => isTold(job), 60_000), job.output());
   const device = scene.adopt(job.output());
   assert.ok(existsSync(device.path) && existsSync(statePath(device.id)));
   job.kill("SIGINT");
