@@ -24,6 +24,7 @@ import {
 } from "./describe.ts";
 import { reportFailure, toFailure } from "./exit.ts";
 import { print, printJson, tell } from "./output.ts";
+import { forsaken } from "./quiescing.ts";
 import { formatSize, parseDeviceId } from "./size.ts";
 import { specOf } from "./spec.ts";
 import { formatTable } from "./table.ts";
@@ -148,6 +149,13 @@ async function info(id: number, { json }: ListOptions): Promise<void> {
   const lines: [string, string][] = [
     ["device", `${facts.path} (${facts.block === "0:0" ? "not there" : facts.block})`],
     ["state", facts.state],
+    ...(facts.quiescing === undefined ? [] : [
+      ["quiescing", `process ${facts.quiescing} makes its server let go: new requests wait`] as [
+        string,
+        string,
+      ],
+    ]),
+    ...(facts.forsaken ? [["quiescing", forsaken(id)] as [string, string]] : []),
     ...(facts.heldBy === undefined
       ? []
       : [["deleted", whenFree(facts.heldBy)] as [string, string]]),

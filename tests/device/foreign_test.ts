@@ -6,7 +6,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { EXIT } from "../../cli/exit.ts";
 import { STOPPING_SIGNAL } from "../../cli/start_server.ts";
-import { type Added, deviceTest, gone, type Scene, servers, until } from "./helpers.ts";
+import { type Added, deviceTest, FULL, gone, type Scene, servers, until } from "./helpers.ts";
 
 const LOOP = "for (;;);";
 const NEVER = "await new Promise(() => {});";
@@ -183,13 +183,18 @@ deviceTest("an upgrade to a module that never comes back leaves the old server s
 });
 
 deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes nothing", {
-  limitS: 400,
+  limitS: 600,
+  skip: !FULL && "at full scale only: it takes minutes",
 }, async (scene) => {
+  const gate = join(scene.directory, "gate");
   const file = writeModule(
     scene,
     "slow",
-    `size: 1024 ** 2, async read({ offset, buffer }) {
-      if (offset === 512 * 1024) await new Promise((resolve) => setTimeout(resolve, 8000));
+    `size: 1024 ** 2, timeoutMs: 300_000, async read({ offset, buffer }) {
+      const { existsSync } = await import("node:fs");
+      while (offset === 512 * 1024 && !existsSync(${JSON.stringify(gate)})) {
+        await new Promise((resolve) => setTimeout(resolve, 50));
+      }
       buffer.fill(0);
     }`,
   );
@@ -198,13 +203,17 @@ deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes
     const { code, stdout, stderr } = await scene.ubd(...args, `${device.id}`);
     return { code, text: stdout + stderr };
   };
-  const during = async (verb: string, act: (pid: number) => void) => {
+  const release = () => writeFileSync(gate, "");
+  /** @param then what is done to the slow request once `act` has been done. */
+  const during = async (verb: string, act: (pid: number) => void, then = release) => {
+    rmSync(gate, { force: true });
     const slow = read(scene, device, 128);
     await scene.run(["sleep", "1"]);
     const job = scene.start(["ubd", verb, `${device.id}`]);
     const noted = async () => (await ask("info")).text.includes("quiescing");
-    await until(noted, 6000);
+    assert.ok(await until(noted, 100_000), "it does not begin");
     act(job.pid);
+    then();
     const { code } = await job.ended.catch(() => ({ code: -1 }));
     return { code, slow };
   };
@@ -230,12 +239,13 @@ deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes
   assert.equal((await killed.slow.ended).code, 0);
   assert.ok(await works());
   // All of it killed: whoever looks sees it, and recover mends it.
-  const dead = await during("quiesce", (pid) => process.kill(pid, "SIGKILL"));
+  const dead = await during("quiesce", (pid) => process.kill(pid, "SIGKILL"), () => {});
   for (const verb of ["list", "info"]) {
     const { stdout, stderr } = await scene.ubd(verb, "-n", `${device.id}`);
     assert.match(stdout, /holds all requests.*ubd recover/, `${verb}: ${stdout}${stderr}`);
   }
   assert.match((await scene.ubd("doctor")).stdout, /holds all requests/);
+  release();
   assert.equal((await ask("recover")).code, 0);
   assert.equal((await dead.slow.ended).code, 0);
   assert.ok(await works());
