@@ -109,6 +109,7 @@ const control = {
   // Below /sys/class, where deviceIds looks.
   dialect: { ...UBLK, charClass: join("../..", CLASS) },
   features: 0n,
+  room: 16,
   require() {},
   getDeviceInfo: (id: number) =>
     DEVICES[id]
