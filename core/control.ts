@@ -39,6 +39,7 @@ import {
   UBLK_S_DEV_QUIESCED,
 } from "../abi/ublk_cmd.ts";
 import { pack, unpack, type Unpacked, type Values } from "../abi/struct.ts";
+import { pathBytes } from "../ffi/path.ts";
 import { type ControlRequest, PAYLOAD_BYTES, PAYLOAD_COUNT, Shim } from "../ffi/mod.ts";
 import { UblkError } from "./error.ts";
 import { checkDeviceId } from "./size.ts";
@@ -384,7 +385,7 @@ export class Control implements Disposable {
     if (command !== "ADD_DEV" && this.#isDeleted(deviceId)) return -ERRNO.ENODEV;
     const pathname = options.path ??
       await this.#requiredPath(command, deviceId);
-    const path = pathname ? new TextEncoder().encode(`${pathname}\0`) : new Uint8Array();
+    const path = pathname ? pathBytes(pathname) : new Uint8Array();
     return await this.#submit(command, options, path, {
       opcode: this.dialect.controlOpcode(command, this.#ioctlEncoded),
       deviceId,
@@ -402,9 +403,8 @@ export class Control implements Disposable {
    */
   async openFile(path: string, flags: number): Promise<number> {
     const operation = `open ${path}`;
-    const bytes = new TextEncoder().encode(`${path}\0`);
     const fields = { opcode: 0, deviceId: 0, queueId: 0, data: BigInt(flags) };
-    const fd = await this.#submit(operation, {}, bytes, fields);
+    const fd = await this.#submit(operation, {}, pathBytes(path), fields);
     if (fd < 0) throw UblkError.from(fd, operation);
     return fd;
   }

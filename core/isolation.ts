@@ -25,6 +25,7 @@ import {
   runtime,
   type Shim,
 } from "../ffi/mod.ts";
+import { pathBytes } from "../ffi/path.ts";
 import { UblkError } from "./error.ts";
 
 /** Names this thread's mount namespace; the main thread's children are born in it. */
@@ -111,7 +112,7 @@ export function detachMounts(shim: Shim): void {
     point === "/" || `${path}/`.startsWith(`${point}/`);
   for (const point of points.reverse()) {
     if (keep.some((path) => leads(point, path))) continue;
-    shim.native.ubd_detach_mount(new TextEncoder().encode(`${point}\0`));
+    shim.native.ubd_detach_mount(pathBytes(point));
   }
 }
 

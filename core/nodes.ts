@@ -10,7 +10,8 @@
 
 import { lstatSync, type Stats, unlinkSync } from "node:fs";
 import type { Shim } from "../ffi/mod.ts";
-import { contents } from "./proc.ts";
+import { pathBytes } from "../ffi/path.ts";
+import { contents, deviceNumber } from "./proc.ts";
 
 export const S_IFCHR = 0o020000;
 export const S_IFBLK = 0o060000;
@@ -33,11 +34,11 @@ export class Nodes {
 
   /** Makes a node from the numbers in sysfs, if permitted and not there. */
   make(shim: Shim, { path, type, sysfs }: NodePlace): void {
-    const [major, minor] = numbersIn(sysfs);
-    if (minor === undefined) return; // No sysfs: what was tried before fails with its own message.
-    const name = new TextEncoder().encode(`${path}\0`);
-    if (shim.native.ubd_mknod(name, type | 0o600, major!, minor) !== 0) return;
-    this.#identities.set(path, identity(type, major!, minor));
+    const number = contents(sysfs).trim();
+    if (!number) return; // No sysfs: what was tried before fails with its own message.
+    const [major, minor] = number.split(":").map(Number);
+    if (shim.native.ubd_mknod(pathBytes(path), type | 0o600, major!, minor!) !== 0) return;
+    this.#identities.set(path, `${type} ${number}`);
   }
 
   /**
@@ -97,22 +98,12 @@ function identityAt(path: string): string | undefined {
   } catch {
     return undefined;
   }
-  const { rdev } = stats;
-  if (stats.isBlockDevice()) return `${S_IFBLK} ${rdev}`;
-  return stats.isCharacterDevice() ? `${S_IFCHR} ${rdev}` : "";
+  const number = deviceNumber(stats);
+  if (stats.isBlockDevice()) return `${S_IFBLK} ${number}`;
+  return stats.isCharacterDevice() ? `${S_IFCHR} ${number}` : "";
 }
 
 function identityIn({ type, sysfs }: NodePlace): string | undefined {
-  const [major, minor] = numbersIn(sysfs);
-  return minor === undefined ? undefined : identity(type, major!, minor);
-}
-
-function identity(type: number, major: number, minor: number): string {
-  // As in shim.zig: 12 bits of the one around 20 of the other. The result has 32.
-  return `${type} ${(minor & 0xff) + major * 2 ** 8 + (minor >> 8) * 2 ** 20}`;
-}
-
-function numbersIn(sysfs: string): number[] {
-  const numbers = contents(sysfs).trim();
-  return numbers ? numbers.split(":").map(Number) : [];
+  const number = contents(sysfs).trim();
+  return number ? `${type} ${number}` : undefined;
 }

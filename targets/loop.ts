@@ -40,7 +40,7 @@ import {
 } from "../abi/ublk_cmd.ts";
 import { UblkError, UsageError } from "../core/error.ts";
 import { descriptorPath, holdFile } from "../core/file_identity.ts";
-import { contents, namesIn } from "../core/proc.ts";
+import { contents, deviceNumber, namesIn } from "../core/proc.ts";
 import type { Queue } from "../core/queue.ts";
 import type { OpenContext, RequestHandler, ServeContext, TargetType } from "../core/target.ts";
 import { blockNotes, chooseBlock } from "./block_size.ts";
@@ -456,8 +456,7 @@ export function measure(options: LoopOptions, backing: Backing) {
 /** Smallest hole the backing can punch, in bytes; 0 when it cannot. */
 export function discardUnit(backing: Backing, { shim }: OpenContext): number {
   if (backing.isBlockDevice) {
-    const { rdev } = statSync(descriptorPath(backing.fd));
-    const directory = `/sys/dev/block/${rdev >> 8 & 0xfff}:${rdev & 0xff | rdev >> 12 & 0xfff00}`;
+    const directory = `/sys/dev/block/${deviceNumber(statSync(descriptorPath(backing.fd)))}`;
     const limit = (name: string) => {
       for (const queue of [`${directory}/queue`, `${directory}/../queue`]) {
         try {
