@@ -30,6 +30,7 @@ const STATX_BTIME = 0x800;
 const S_IFMT = 0o170000;
 const S_IFBLK = 0o060000;
 const S_IFREG = 0o100000;
+const LOCK_SH = 1;
 const LOCK_EX = 2;
 const LOCK_NB = 4;
 const LOCK_UN = 8;
@@ -85,13 +86,22 @@ function generationOf(shim: Shim, fd: number): number | undefined {
  * Locks an open file for this process's opening of it alone, without waiting. The lock ends with
  * `unlock`, or with the last descriptor of that opening.
  *
- * @param operation names it in an error.
+ * @param operation names it in an error, and `hint` says what to do next.
+ * @param shared with others that ask for that.
  * @returns false: another opening has it locked. @throws {UblkError} it cannot be locked at all.
  */
-export function tryLock(fd: number, operation: string, { native } = new Shim()): boolean {
-  const result = native.ubd_flock(fd, LOCK_EX | LOCK_NB);
+export function tryLock(
+  fd: number,
+  operation: string,
+  { shared = false, hint = NO_LOCKS, shim = new Shim() }: {
+    shared?: boolean;
+    hint?: string;
+    shim?: Shim;
+  } = {},
+): boolean {
+  const result = shim.native.ubd_flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB);
   if (result === -ERRNO.EAGAIN) return false;
-  if (result < 0) throw UblkError.from(result, operation, { hint: NO_LOCKS });
+  if (result < 0) throw UblkError.from(result, operation, { hint });
   return true;
 }
 

@@ -39,7 +39,7 @@ import {
   UBLK_IO_OP_WRITE_ZEROES,
 } from "../abi/ublk_cmd.ts";
 import { UblkError, UsageError } from "../core/error.ts";
-import { descriptorPath, holdFile } from "../core/file_identity.ts";
+import { descriptorPath, holdFile, tryLock } from "../core/file_identity.ts";
 import { contents, deviceNumber, namesIn } from "../core/proc.ts";
 import type { Queue } from "../core/queue.ts";
 import type { OpenContext, RequestHandler, ServeContext, TargetType } from "../core/target.ts";
@@ -94,9 +94,6 @@ export interface Backing {
   memoryAlignBytes: number;
 }
 
-const LOCK_SH = 1;
-const LOCK_EX = 2;
-const LOCK_NB = 4;
 const BLKGETSIZE64 = 0x8008_1272;
 const BLKSSZGET = 0x1268;
 const STATX_DIOALIGN = 0x2000;
@@ -348,17 +345,13 @@ export function lockFile(
   sure = "",
 ): void {
   const operation = `lock ${path}`;
-  const result = shim.native.ubd_flock(fd, (readOnly ? LOCK_SH : LOCK_EX) | LOCK_NB);
-  if (result === -ERRNO.EAGAIN) {
+  const unseen = "its file system has no locks, so a second writer would not be noticed" +
+    (sure && "; see that there is none, and add --force");
+  if (!tryLock(fd, operation, { shared: readOnly, hint: unseen, shim })) {
     const whose = lockOwners(fd);
     const who = whose.length > 0 ? whose.join(", ") : "another process";
     const hint = `${who} serves or uses it; stop that one${sure}`;
     throw new UblkError({ errno: "EBUSY", operation, hint });
-  }
-  if (result < 0) {
-    const hint = "its file system has no locks, so a second writer would not be noticed" +
-      (sure && "; see that there is none, and add --force");
-    throw UblkError.from(result, operation, { hint });
   }
   const taken = readOnly ? undefined : kernelLoopOn(fd, shim);
   if (taken) {
