@@ -27,8 +27,7 @@ export default {
   size: 1024 ** 2,
   read() {
     if (closed) throw new Error("read after close");
-    if (existsSync(hold)) writeFileSync(spins, "");
-    while (existsSync(hold));
+    while (existsSync(hold)) writeFileSync(spins, "");
   },
   async close() {
     closed = true;
