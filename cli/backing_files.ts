@@ -18,6 +18,7 @@ import { type FileIdentity, holdFile, identify, isSameFile } from "../core/file_
 import { UblkError, UsageError } from "../core/error.ts";
 import { linkTarget, namesIn } from "../core/proc.ts";
 import type { Shim } from "../ffi/mod.ts";
+import { MODULE_TARGET } from "../targets/module.ts";
 import { tell } from "./output.ts";
 
 /** A file of a target's. Plain JSON. */
@@ -39,6 +40,15 @@ export interface Source {
   pid?: number;
   /** Take what has the name now, whatever it is. */
   force?: boolean;
+}
+
+/** Of a device that process `pid` serves, if that is above 0; a module opens its files by name. */
+export function servedSource(
+  device: number,
+  pid: number,
+  { target: { name } }: { target: { name: string } },
+): Source {
+  return { device, ...(pid > 0 && name !== MODULE_TARGET && { pid }) };
 }
 
 /**

@@ -10,8 +10,8 @@ import { Control } from "../core/control.ts";
 import { checkpoint } from "../core/checkpoint.ts";
 import { ignoring, UblkError, UsageError } from "../core/error.ts";
 import { readState, removeState } from "../core/state.ts";
-import { deletedNodes, deviceNodes, findUsers, type Nodes, type Users } from "../core/users.ts";
-import { deviceIds, isDeleted, isNoneOfOurs, takenError, whenFree } from "./describe.ts";
+import { deviceNodes, findUsers, type Nodes, type Users } from "../core/users.ts";
+import { deviceIds, holdersOf, isDeleted, isNoneOfOurs, takenError, whenFree } from "./describe.ts";
 import { deviceLogRemover } from "./device_log.ts";
 import { EXIT, ReportedError, reportFailure, toFailure } from "./exit.ts";
 import { printJson, tell } from "./output.ts";
@@ -172,10 +172,10 @@ export async function deleteDevice(
   control.apart = true;
   const info = await control.getDeviceInfo(id);
   const blockName = control.dialect.blockName(id);
-  if (await isDeleted(control.dialect, id)) {
-    const { lines } = await findUsers(await deletedNodes(blockName));
-    if (!force && !lazy) throw takenError("EBUSY", "delete", id, lines);
-    return lines;
+  const heldBy = await holdersOf(control.dialect, id);
+  if (heldBy) {
+    if (!force && !lazy) throw takenError("EBUSY", "delete", id, heldBy);
+    return heldBy;
   }
   const nodes = deviceNodes(blockName);
   const server = await ServedBy.find(control, info);

@@ -5,10 +5,10 @@
  * @module
  */
 
-import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Dialect } from "../abi/dialect.ts";
-import type { Control } from "../core/control.ts";
+import { type Control, isUnlisted } from "../core/control.ts";
 import { UblkError } from "../core/error.ts";
 import { contents } from "../core/proc.ts";
 import { type DeviceState, quiescerOf, readState } from "../core/state.ts";
@@ -147,17 +147,23 @@ export async function holders(
     if (isNoneOfOurs(error)) return undefined;
     throw error;
   }
-  if (!(await isDeleted(control.dialect, id))) return undefined;
-  return (await findUsers(await deletedNodes(control.dialect.blockName(id)))).lines;
+  return await holdersOf(control.dialect, id);
+}
+
+/** As `holders`, of a device that the driver knows. */
+export async function holdersOf(
+  dialect: Dialect,
+  id: number,
+): Promise<readonly string[] | undefined> {
+  if (!(await isDeleted(dialect, id))) return undefined;
+  return (await findUsers(await deletedNodes(dialect.blockName(id)))).lines;
 }
 
 /** Whether the driver knows a device only because somebody still holds it. */
 export async function isDeleted(dialect: Dialect, id: number): Promise<boolean> {
-  const devices = `/sys/class/${dialect.charClass}`;
-  const gone = () => existsSync(devices) && !existsSync(`${devices}/${dialect.charName(id)}`);
-  if (!gone()) return false;
+  if (!isUnlisted(dialect, id)) return false;
   await sleep(50); // One that is just being added is not there at once.
-  return gone();
+  return isUnlisted(dialect, id);
 }
 
 /** @param users who hold a device that is deleted */
@@ -206,9 +212,7 @@ export async function describeDevice(control: Control, id: number): Promise<Devi
   const known = state !== undefined && (served || waits);
   const quiescer = served && info.state === UBLK_S_DEV_LIVE ? quiescerOf(state) : undefined;
   const sizeBytes = params ? Number(params.basic.dev_sectors) * 512 : info.sizeBytes ?? 0;
-  const heldBy = await isDeleted(control.dialect, id)
-    ? (await findUsers(await deletedNodes(control.dialect.blockName(id)))).lines
-    : undefined;
+  const heldBy = await holdersOf(control.dialect, id);
   return {
     id,
     path: control.dialect.blockPath(id),

@@ -107,7 +107,7 @@ function backingOf(target: TargetFacts): string {
 }
 
 function isStopped({ pid }: DeviceFacts): boolean {
-  return pid > 0 && ["T", "t"].includes(Process.find(pid)?.state ?? "");
+  return pid > 0 && Process.find(pid)?.isStopped === true;
 }
 
 async function listVerbosely(control: Control, devices: readonly DeviceFacts[]): Promise<void> {

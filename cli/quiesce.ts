@@ -17,12 +17,12 @@ import { readState } from "../core/state.ts";
 import { MODULE_TARGET, type ModuleSpec } from "../targets/module.ts";
 import { checkModule } from "../targets/trust.ts";
 import { show } from "./add.ts";
-import { filesOf, holdFiles, type Source, tellLostNames } from "./backing_files.ts";
+import { filesOf, holdFiles, servedSource, tellLostNames } from "./backing_files.ts";
 import { EXIT } from "./exit.ts";
 import { printJson, tell } from "./output.ts";
 import { forsaken, isForsaken, letServerGo } from "./quiescing.ts";
 import { knownState } from "./recover.ts";
-import { type ServerSpec, startServer } from "./start_server.ts";
+import { startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
 
 interface QuiesceOptions {
@@ -82,11 +82,12 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
     const hint = "it was added with --recovery=fail, so I/O fails meanwhile; add --force to accept";
     throw new UblkError({ errno: "EBUSY", operation: "upgrade", device: id, hint });
   }
-  const next = { ...spec as ServerSpec, recover: id, quiesce: true };
+  const next = { ...spec, recover: id, quiesce: true };
   const { name, options: told } = next.target;
   // What the new server would refuse is to be known while the old one serves.
   if (name === MODULE_TARGET) checkModule((told as unknown as ModuleSpec).file);
-  const held = holdFiles(control.shim, filesOf(next), await sourceOf(control, id, next));
+  const { pid } = await control.getDeviceInfo(id);
+  const held = holdFiles(control.shim, filesOf(next), servedSource(id, pid, next));
   tellLostNames(control.shim, held.known(), control.dialect.blockPath(id));
   // The new server does it, once it has loaded what it is to serve, and whatever becomes of this.
   try {
@@ -95,12 +96,6 @@ async function upgrade(device: number | undefined, options: QuiesceOptions): Pro
     await tellState(control, id).catch(() => {}); // It may be gone.
     throw error;
   }
-}
-
-/** A module opens its files by their names again, in its own way. */
-async function sourceOf(control: Control, id: number, { target }: ServerSpec): Promise<Source> {
-  const { pid } = await control.getDeviceInfo(id);
-  return { device: id, ...(pid > 0 && target.name !== MODULE_TARGET && { pid }) };
 }
 
 /** What has become of a device whose upgrade has failed. */

@@ -15,10 +15,7 @@ import { noteQuiescing, quiescerOf, readState } from "../core/state.ts";
 export async function letServerGo(control: Control, id: number): Promise<void> {
   const { targetFlags } = await control.getDeviceInfo(id);
   const other = quiescerOf(readState(id, targetFlags) ?? {});
-  if (other?.alive) {
-    const hint = `process ${other.pid} is making its server let go: wait for that`;
-    throw new UblkError({ errno: "EBUSY", operation: "QUIESCE_DEV", device: id, hint });
-  }
+  if (other?.alive) throw quiescedError(id, other.pid, "QUIESCE_DEV");
   noteQuiescing(id, targetFlags, true);
   try {
     await Device.quiesce(control, id);
@@ -27,6 +24,12 @@ export async function letServerGo(control: Control, id: number): Promise<void> {
     const { state } = await control.getDeviceInfo(id);
     if (state !== UBLK_S_DEV_LIVE) noteQuiescing(id, targetFlags, false);
   }
+}
+
+/** Somebody else is at it. */
+export function quiescedError(id: number, pid: number, operation: string): UblkError {
+  const hint = `process ${pid} is making its server let go: wait for that`;
+  return new UblkError({ errno: "EBUSY", operation, device: id, hint });
 }
 
 /** Whether requests to a device that the driver calls LIVE wait for somebody who has died. */

@@ -9,8 +9,8 @@ import { type DeviceState, findState, quiescerOf, statePath } from "../core/stat
 import { deviceUsers } from "../core/users.ts";
 import { show } from "./add.ts";
 import { tell } from "./output.ts";
-import { MODULE_TARGET } from "../targets/module.ts";
-import { filesOf, holdFiles, lostNames } from "./backing_files.ts";
+import { filesOf, holdFiles, lostNames, servedSource } from "./backing_files.ts";
+import { quiescedError } from "./quiescing.ts";
 import { specOf } from "./spec.ts";
 import { type ServerSpec, startServer } from "./start_server.ts";
 import { oneDeviceId, parseDeviceId } from "./size.ts";
@@ -38,14 +38,10 @@ async function recover(
   const state = await knownState(control, id, "recover");
   const { state: driverState, pid } = await control.getDeviceInfo(id);
   const quiescer = driverState === UBLK_S_DEV_LIVE ? quiescerOf(state) : undefined;
-  if (quiescer?.alive) {
-    const hint = `process ${quiescer.pid} is making its server let go: wait for that`;
-    throw new UblkError({ errno: "EBUSY", operation: "recover", device: id, hint });
-  }
+  if (quiescer?.alive) throw quiescedError(id, quiescer.pid, "recover");
   const spec = { ...state.spec, recover: id, quiesce: quiescer !== undefined };
-  const source = quiescer && pid > 0 && spec.target.name !== MODULE_TARGET
-    ? { device: id, pid }
-    : { device: id, force: force ?? false };
+  const served = quiescer && servedSource(id, pid, spec);
+  const source = served?.pid === undefined ? { device: id, force: force ?? false } : served;
   const held = holdFiles(control.shim, filesOf(spec), source);
   if (force && lostNames(control.shim, filesOf(spec)).length > 0) {
     for (const user of await deviceUsers(control.dialect.blockName(id))) {

@@ -16,9 +16,8 @@ import { UblkError, UsageError } from "../core/error.ts";
 import { SECTOR_BYTES } from "../core/queue.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import { printJson, tell } from "./output.ts";
-import { filesOf, holdFiles, tellLostNames } from "./backing_files.ts";
+import { filesOf, holdFiles, servedSource, tellLostNames } from "./backing_files.ts";
 import { knownState } from "./recover.ts";
-import type { ServerSpec } from "./start_server.ts";
 import { formatSize, oneDeviceId, parseDeviceId, parseSize } from "./size.ts";
 
 interface ResizeOptions {
@@ -67,7 +66,7 @@ async function resize(
   }
   const { basic } = await control.getParams(id);
   const before = Number(basic.dev_sectors) * SECTOR_BYTES;
-  const { name, options } = (spec as ServerSpec).target;
+  const { name, options } = spec.target;
   if (isDefined(name)) {
     const hint = "a target of your own has the size that its open() said, as long as it is served";
     throw new UblkError({ errno: "EOPNOTSUPP", operation: "resize", device: id, hint });
@@ -77,10 +76,7 @@ async function resize(
   const rest = { ...others, blockBytes: 2 ** basic.logical_bs_shift };
   const { shim, dialect } = control;
   // What its server has open is the device's, whatever has the name by now.
-  const held = holdFiles(shim, filesOf(spec as ServerSpec), {
-    device: id,
-    ...(pid > 0 && { pid }),
-  });
+  const held = holdFiles(shim, filesOf(spec), servedSource(id, pid, spec));
   const sizeBytes = findTarget(name).measure(
     wanted === undefined ? rest : { ...rest, sizeBytes: wanted },
     { shim, hasVolatileCache: dialect.hasVolatileCache, held: held.find },

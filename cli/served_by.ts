@@ -47,7 +47,7 @@ export class ServedBy {
   }
 
   get isStopped(): boolean {
-    return ["T", "t"].includes(this.process.state ?? "");
+    return this.process.isStopped;
   }
 
   /** Ended; one that is not ours goes on with something else when it has let go of the device. */

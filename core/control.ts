@@ -413,8 +413,7 @@ export class Control implements Disposable {
   #isDeleted(deviceId: number): boolean {
     const { dialect } = this;
     if (dialect.checksState || deviceId === DEV_ID_AUTO) return false;
-    const devices = `/sys/class/${dialect.charClass}`;
-    return existsSync(devices) && !existsSync(`${devices}/${dialect.charName(deviceId)}`);
+    return isUnlisted(dialect, deviceId);
   }
 
   /** Puts path and payload into an area of their own, and waits. @returns the result. */
@@ -475,6 +474,12 @@ export class Control implements Disposable {
       this.#waiting.delete(slot);
     }
   }
+}
+
+/** Whether /sys is there, and has no device of this id. */
+export function isUnlisted({ charClass, charName }: Dialect, id: number): boolean {
+  const devices = `/sys/class/${charClass}`;
+  return existsSync(devices) && !existsSync(`${devices}/${charName(id)}`);
 }
 
 /** "kernel 6.12.90 lacks UPDATE_SIZE (needs 6.16)": of several features, the youngest. */

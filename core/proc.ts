@@ -69,6 +69,11 @@ export class Process {
     return found?.started === this.#started ? found.state : undefined;
   }
 
+  /** By SIGSTOP, or by a debugger. */
+  get isStopped(): boolean {
+    return ["T", "t"].includes(this.state ?? "");
+  }
+
   get lives(): boolean {
     return this.state !== undefined;
   }
