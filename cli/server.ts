@@ -201,7 +201,10 @@ export async function serve(spec: ServerSpec, options: ServeOptions): Promise<vo
   } catch (error) {
     // The driver must not wait for a server that cannot go on: this process ends, and with it
     // every request fails, or waits for the next server, which needs the state.
-    log(`device ${id} is no longer served: ${(error as Error).message}`, true);
+    // Whoever ordered it to leave its device waits for the answer, and tells of it.
+    if (order !== "leave") {
+      log(`device ${id} is no longer served: ${(error as Error).message}`, true);
+    }
     if (!spec.recovery) removeState(id, process.pid);
     throw error;
   }
