@@ -6,7 +6,16 @@ import { join } from "node:path";
 import process from "node:process";
 import { EXIT } from "../../cli/exit.ts";
 import { STOPPING_SIGNAL } from "../../cli/start_server.ts";
-import { type Added, deviceTest, FULL, gone, type Scene, servers, until } from "./helpers.ts";
+import {
+  type Added,
+  deviceTest,
+  FULL,
+  gone,
+  NO_QUIESCE,
+  type Scene,
+  servers,
+  until,
+} from "./helpers.ts";
 
 const LOOP = "for (;;);";
 const NEVER = "await new Promise(() => {});";
@@ -157,6 +166,7 @@ deviceTest("what a module throws in a timer, or does not await, is logged; the d
 deviceTest("an upgrade to a module that never comes back leaves the old server serving", {
   everywhere: "deno",
   limitS: 300,
+  skip: NO_QUIESCE,
 }, async (scene) => {
   const file = writeModule(scene, "changes", SERVES);
   const device = await scene.add(file, "--recovery", "--start-timeout", "20");
@@ -184,7 +194,7 @@ deviceTest("an upgrade to a module that never comes back leaves the old server s
 
 deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes nothing", {
   limitS: 600,
-  skip: !FULL && "at full scale only: it takes minutes",
+  skip: NO_QUIESCE || !FULL && "at full scale only: it takes minutes",
 }, async (scene) => {
   const gate = join(scene.directory, "gate");
   const file = writeModule(
@@ -255,7 +265,7 @@ deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes
 
 deviceTest(
   "a module that cannot be watched is not added, and one that is served is served on",
-  {},
+  { skip: NO_QUIESCE },
   async (scene) => {
     const file = writeModule(scene, "watched", SERVES);
     const device = await scene.add(file, "--watch");

@@ -46,6 +46,9 @@ export const RUNNER = process.env.UBD_RUNNER ?? "binary";
 /** The guest's kernel, as tools/vm.ts calls it. */
 export const KERNEL = process.env.UBD_KERNEL ?? "newest";
 
+/** Why a test that quiesces, upgrades or watches cannot run here; false where it can. */
+export const NO_QUIESCE = KERNEL !== "newest" && "QUIESCE_DEV needs Linux 6.16";
+
 /** Number of repetitions, or whatever else depends on UBD_SCALE. */
 export function scaled<T>(small: T, full: T): T {
   return process.env.UBD_SCALE === "full" ? full : small;

@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
-import { deviceTest, isTold, KERNEL, type Scene, until } from "./helpers.ts";
+import { deviceTest, isTold, NO_QUIESCE, type Scene, until } from "./helpers.ts";
 
 /** A mounted file system with a file of 1 MiB, on an image that is then replaced by rename. */
 async function replaced(scene: Scene, ...flags: string[]) {
@@ -21,7 +21,7 @@ async function replaced(scene: Scene, ...flags: string[]) {
 
 deviceTest("an image replaced by rename: upgrade and resize stay with the one that is served", {
   everywhere: "deno",
-  skip: KERNEL !== "newest" && "quiesce and resize need Linux 6.16",
+  skip: NO_QUIESCE,
 }, async (scene) => {
   const { device, point, check } = await replaced(scene);
   const upgrade = await scene.ubd("upgrade", `${device.id}`);
@@ -172,7 +172,7 @@ deviceTest("an image by descriptor: standard input, and one of the shell's", {
 });
 
 deviceTest("fault has its file for itself, in all of its queues and all of its servers", {
-  anyKernel: true,
+  skip: NO_QUIESCE,
 }, async (scene) => {
   const image = scene.image("disk.img", 8 << 20);
   const device = await scene.add("fault", image, "--recovery", "-q", "2");

@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
-import { deviceTest, gone, type Job, KERNEL, type Scene, until } from "./helpers.ts";
+import { deviceTest, gone, type Job, NO_QUIESCE, type Scene, until } from "./helpers.ts";
 
 const CHECKOUT = "/ubd";
 const EXAMPLE = `${CHECKOUT}/examples/memory.ts`;
@@ -285,7 +285,7 @@ export default {
 };`;
 
 deviceTest("an upgrade aborts no request, and takes no module that is another device", {
-  skip: KERNEL !== "newest" && "the kernel lacks QUIESCE",
+  skip: NO_QUIESCE,
 }, async (scene) => {
   const file = moduleFile(scene, "slow_reads.ts", SLOW_READS);
   const device = await scene.add(file, "--recovery");
@@ -308,7 +308,7 @@ deviceTest("an upgrade aborts no request, and takes no module that is another de
 });
 
 deviceTest("--watch serves a changed module, a broken one is not taken, and no I/O fails", {
-  anyKernel: true,
+  skip: NO_QUIESCE,
 }, async (scene) => {
   const filled = (byte: number) =>
     `export default { size: 1024 ** 2, read: ({ buffer }) => void buffer.fill(${byte}) };`;

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { existsSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { deviceTest, killServer, type Scene, until } from "./helpers.ts";
+import { deviceTest, killServer, NO_QUIESCE, type Scene, until } from "./helpers.ts";
 
 const LIE = `console.log('{"type":"live","live":{"id":7,"path":"/dev/ublkb7","notes":[]}}');`;
 
@@ -21,6 +21,7 @@ const logOf = async (scene: Scene, id: number) => (await scene.ubd("log", `${id}
 
 deviceTest("a module may print: ubd log has it, upgrade and recover go on with it", {
   everywhere: "deno",
+  skip: NO_QUIESCE,
 }, async (scene) => {
   const file = writeModule(
     scene,

@@ -10,6 +10,7 @@ import {
   DATA_MODES,
   deviceTest,
   KERNEL,
+  NO_QUIESCE,
   scaled,
   type Scene,
   servers,
@@ -189,7 +190,7 @@ for (const how of ["kill -9 and recover", "upgrade"]) {
   deviceTest(`a mounted ext4 outlives ${how}: fio sees no error, files whole, fsck content`, {
     limitS: 300,
     anyKernel: how !== "upgrade",
-    skip: how === "upgrade" && KERNEL !== "newest" && "QUIESCE_DEV needs Linux 6.16",
+    skip: how === "upgrade" && NO_QUIESCE,
   }, async (scene) => {
     let device = await scene.add("loop", scene.image("disk", 96 << 20), "--recovery");
     await scene.sh(`mkfs.ext4 -q ${device.path}`);

@@ -8,6 +8,7 @@ import {
   type Added,
   deviceTest,
   gone,
+  NO_QUIESCE,
   type Scene,
   servers,
   startVerifier,
@@ -114,11 +115,10 @@ deviceTest("what is deleted while its supervised server is dead stays deleted", 
   assert.equal((await scene.ubd("list", "-n", `${device.id}`)).code, 3);
 });
 
-deviceTest("an upgrade replaces the supervisor too", { anyKernel: true }, async (scene) => {
+deviceTest("an upgrade replaces the supervisor too", { skip: NO_QUIESCE }, async (scene) => {
   const device = await scene.add("null", "--supervise");
   const before = supervisorOf(device);
   const { code, stdout, stderr } = await scene.ubd("upgrade", `${device.id}`);
-  if (/lacks QUIESCE/.test(stderr)) return;
   assert.equal(code, 0, stderr);
   const next = scene.adopt(stdout);
   assert.ok(await until(() => !servers().includes(before)), "the old supervisor stays");
