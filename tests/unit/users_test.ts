@@ -10,6 +10,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { charDeviceOpeners, deviceUsers, mountsIn } from "../../core/users.ts";
 import { contents, Process } from "../../core/proc.ts";
 import { Shim } from "../../ffi/mod.ts";
@@ -70,6 +71,14 @@ function run(command: string, ...args: string[]): void {
 /** Ends what a failed test has left. */
 const running = new Set<() => Promise<void>>();
 
+function isThere(group: number): boolean {
+  try {
+    return process.kill(group, 0);
+  } catch {
+    return false;
+  }
+}
+
 /** A program that has a file open, or whatever `script` does with "$1". */
 async function user(path: string, script = 'exec 5< "$1"'): Promise<() => Promise<void>> {
   const child = spawn("bash", ["-c", `${script}; echo; exec sleep 600`, "-", path], {
@@ -78,9 +87,11 @@ async function user(path: string, script = 'exec 5< "$1"'): Promise<() => Promis
   });
   const ended = new Promise<void>((resolve) => child.on("exit", () => resolve()));
   await new Promise((resolve) => child.stdout.once("data", resolve));
-  const end = () => {
-    if (running.delete(end)) process.kill(-child.pid!, "SIGKILL");
-    return ended;
+  const group = -child.pid!;
+  const end = async () => {
+    if (running.delete(end)) process.kill(group, "SIGKILL");
+    await ended;
+    for (; isThere(group); await sleep(10)); // What it has started may end after it.
   };
   running.add(end);
   return end;
