@@ -286,7 +286,8 @@ export async function spawnServer(
   // One that has undone its work may see the id in other hands now: the mark tells.
   if (added) {
     const mark = BigInt(added.mark);
-    await deleteLeftover(added.id, ({ targetFlags }) => targetFlags === mark);
+    await deleteLeftover(added.id, ({ targetFlags }) => targetFlags === mark)
+      .catch((error) => unknown ??= error); // Why it failed, the server knows best.
   }
   if (outcome?.type === "failed") throw new ReportedError(outcome.failure);
   if (interrupted) throw interruption(spec.quiesce ? undefined : spec.recover);
