@@ -28,7 +28,6 @@ const USAGE_CASES: [string, RegExp][] = [
   ["ubd add null --frob", /unknown option '--frob'/],
   ["ubd add null -q 0", /Number of queues 0: it must be from 1 to 4096/],
   ["ubd add null --size 10Q", /Size "10Q": say bytes, or a number with K/],
-  ["ubd add loop $D/disk --offset 2048", /say 2048s for sectors.* or 2048B for bytes/],
   ["ubd add loop $D/disk --ro --offset 2M", /Offset 2097152: .*ends at 1048576 bytes/],
   ["ubd add loop $D/empty", /it is empty \(truncate -s/],
   ["ubd add loop $D/small", /511 bytes .* less than a sector/],
