@@ -10,6 +10,7 @@ import process from "node:process";
 import { URL } from "node:url";
 import { isMainThread, parentPort, Worker, workerData } from "node:worker_threads";
 import { UBLK_IO_OP_READ } from "../abi/ublk_cmd.ts";
+import { Engine } from "../core/engine.ts";
 import { Queue } from "../core/queue.ts";
 import { emptyStats, sumStats } from "../core/stats.ts";
 import { type QueueConfig, type QueueMemory, Shim } from "../ffi/mod.ts";
@@ -63,12 +64,13 @@ function serve(depth: number): void {
     descriptorBytes: Math.ceil(depth * DESCRIPTOR_BYTES / 4096) * 4096,
   };
   using queue = new Queue(shim, config, stats);
-  const handler = nullTarget.serve(null, {
+  const context = {
     depth,
     ioBytesMax: 512 * 1024,
     deviceBytes: () => undefined,
     log: console.error,
-  });
+  };
+  const handler = new Engine(nullTarget.volume(null, context), context);
 
   // Nothing is done for a request but serving it: the main thread ends the measurement.
   const now = () => ({

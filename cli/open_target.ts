@@ -16,7 +16,7 @@ import { openInThread, startQueueThread, unless } from "../core/queue_thread.ts"
 import { readState } from "../core/state.ts";
 import type { OpenTarget } from "../core/target.ts";
 import type { Shim } from "../ffi/mod.ts";
-import { lockFile } from "../targets/loop.ts";
+import { lockFile } from "../targets/backing.ts";
 import { findTarget, isDefined } from "../targets/mod.ts";
 import { MODULE_TARGET, type ModuleSpec } from "../targets/module.ts";
 import { queueThreadEntry } from "../targets/queue_thread.ts";

@@ -23,6 +23,7 @@
  * @module
  */
 
+import { constants } from "node:fs";
 import { setImmediate } from "node:timers";
 import { ERRNO } from "../abi/errno.ts";
 import {
@@ -100,6 +101,8 @@ export class Queue implements Disposable {
   /** Every READ and WRITE is to be registered here; else those the driver has marked. */
   private readonly registersAll: boolean;
   private readonly copies: boolean;
+  /** /dev/zero, with zero copy. */
+  private readonly zeroFd: number;
   /** What a request is answered with once its buffer is unregistered. */
   private readonly results: Int32Array;
   private commandCount = 0;
@@ -116,9 +119,16 @@ export class Queue implements Disposable {
    * @throws {UblkError} EPERM: io_uring is disabled; ENOMEM; EMFILE.
    */
   constructor(shim: Shim, config: QueueConfig, stats: Float64Array = emptyStats()) {
+    const copies = config.zeroCopy === undefined;
+    const zeroFd = copies ? -1 : shim.open("/dev/zero", constants.O_RDONLY);
+    if (!copies && zeroFd < 0) throw UblkError.from(zeroFd, "open /dev/zero");
     const memory = shim.queueInit({ ...config, stats });
-    if (typeof memory === "number") throw UblkError.from(memory, "set up a ring");
+    if (typeof memory === "number") {
+      if (!copies) shim.native.ubd_close(zeroFd);
+      throw UblkError.from(memory, "set up a ring");
+    }
     this.shim = shim;
+    this.zeroFd = zeroFd;
     this.memory = memory;
     this.depth = config.depth;
     this.tags = config.tags ?? { first: 0, step: 1 };
@@ -128,7 +138,7 @@ export class Queue implements Disposable {
     this.commandFloats = new Float64Array(memory.commands);
     this.eventWords = new Int32Array(memory.events);
     this.descriptors = new Int32Array(memory.descriptors);
-    this.copies = config.zeroCopy === undefined;
+    this.copies = copies;
     this.states = new Uint8Array(config.depth);
     this.registersAll = config.zeroCopy !== undefined && !config.zeroCopy.automatic;
     this.results = new Int32Array(config.depth);
@@ -158,6 +168,7 @@ export class Queue implements Disposable {
     // A function that is still at work may ask what its request was.
     this.descriptors = this.descriptors.slice();
     this.shim.native.ubd_queue_exit(this.handle);
+    if (!this.copies) this.shim.native.ubd_close(this.zeroFd);
     this.memory.pool.close((tag) => this.isServing(tag) || (this.states[tag]! & IN_FLIGHT) !== 0);
   }
 
@@ -196,6 +207,17 @@ export class Queue implements Disposable {
   fillZero(tag: number, start: number, end: number): void {
     assert(this.copies, "the data is not in this process");
     this.memory.buffers[tag]!.fill(0, start, end);
+  }
+
+  /**
+   * Has a part of what a READ gets be zeroes.
+   *
+   * @returns whether it is done: with zero copy it is an operation, and `resume` gets its result.
+   */
+  readZeroes(tag: number, start: number, bytes: number): boolean {
+    if (this.copies) this.fillZero(tag, start, start + bytes);
+    else this.read(tag, this.zeroFd, start, bytes, 0);
+    return this.copies;
   }
 
   /** All of the tag's memory, until `renewData`. Empty if somebody has transferred it. */

@@ -3,15 +3,15 @@
  * What a target is: the thing behind a device.
  *
  * A target is opened once, in the server's main thread, where it looks at its backing and says
- * what the device shall be (`OpenTarget`). Each queue thread then makes its own `RequestHandler`
- * from the plain data in `OpenTarget.spec`. Handlers answer requests at once, or turn them into
- * file operations on the queue's ring and answer when those complete.
+ * what the device shall be (`OpenTarget`). Each queue thread then makes its own `Volume` from the
+ * plain data in `OpenTarget.spec`, and core/engine.ts carries out what that says.
  * @module
  */
 
 import type { Shim } from "../ffi/mod.ts";
 import type { Queue } from "./queue.ts";
 import type { QueueThread } from "./queue_thread.ts";
+import type { Volume } from "./volume.ts";
 
 /** How the data of requests lies in the memory of clients. Default: as the driver has it. */
 export interface MemoryLimits {
@@ -149,5 +149,6 @@ export interface TargetType<Options = unknown, Spec = unknown> {
    * @throws {UblkError | UsageError} why it cannot have that size.
    */
   measure(options: Options, context: OpenContext): number;
-  serve(spec: Spec, context: ServeContext): RequestHandler;
+  /** Called in the thread of each queue. */
+  volume(spec: Spec, context: ServeContext): Volume;
 }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT
 /**
- * `concat` and `stripe`: several files or block devices as one device, one behind the other or by
+ * `concat` and `stripe`: several files or block devices as one device, one after the other or by
  * turns.
  *
- * The requests are served as loop's, by the same handler. One that crosses from file to file goes
- * on with the next as after a short transfer; the block layer splits what crosses a stripe's
- * chunk. FLUSH and FUA reach every file they are about.
+ * One request may be on several files; the block layer splits what crosses a stripe's chunk. FLUSH
+ * and FUA reach every file they are about.
  * @module
  */
 
@@ -14,17 +13,15 @@ import type { OpenContext, OpenTarget, TargetType } from "../core/target.ts";
 import { type BlockChoice, blockNotes, chooseBlock } from "./block_size.ts";
 import {
   type Backing,
+  type BackingOptions,
   closeBacking,
   discardUnit,
-  type LoopFile,
-  LoopHandler,
-  type LoopOptions,
-  type LoopSpec,
   measure,
   openBacking,
-} from "./loop.ts";
+} from "./backing.ts";
+import { type BackingFile, Files, type FilesSpec } from "./files.ts";
 
-export interface ConcatOptions extends Omit<LoopOptions, "file" | "offsetBytes" | "sizeBytes"> {
+export interface ConcatOptions extends Omit<BackingOptions, "file" | "offsetBytes" | "sizeBytes"> {
   /** Absolute paths of regular files or block devices. */
   files: readonly string[];
 }
@@ -37,14 +34,14 @@ export interface StripeOptions extends ConcatOptions {
 const CHUNK_BYTES_DEFAULT = 65536;
 const CHUNK_BYTES_MAX = 2 ** 30;
 
-export const concatTarget: TargetType<ConcatOptions, LoopSpec> = {
+export const concatTarget: TargetType<ConcatOptions, FilesSpec> = {
   name: "concat",
   open: (options, context) => openFiles(options, 0, context),
   measure: () => refuseResize(),
-  serve: (spec, context) => new LoopHandler(spec, context),
+  volume: (spec, { deviceBytes }) => new Files(spec, deviceBytes),
 };
 
-export const stripeTarget: TargetType<StripeOptions, LoopSpec> = {
+export const stripeTarget: TargetType<StripeOptions, FilesSpec> = {
   name: "stripe",
   open({ chunkBytes = CHUNK_BYTES_DEFAULT, ...options }, context) {
     const isPowerOfTwo = Number.isInteger(Math.log2(chunkBytes));
@@ -54,7 +51,7 @@ export const stripeTarget: TargetType<StripeOptions, LoopSpec> = {
     return openFiles(options, chunkBytes, context);
   },
   measure: () => refuseResize(),
-  serve: (spec, context) => new LoopHandler(spec, context),
+  volume: (spec, { deviceBytes }) => new Files(spec, deviceBytes),
 };
 
 function refuseResize(): never {
@@ -69,7 +66,7 @@ function openFiles(
   { files: paths, ...options }: ConcatOptions,
   chunkBytes: number,
   context: OpenContext,
-): OpenTarget & { spec: LoopSpec } {
+): OpenTarget & { spec: FilesSpec } {
   const backings: Backing[] = [];
   try {
     const choice = chooseBlock({ ...options, files: paths, chunkBytes, joined: true }, context);
@@ -84,11 +81,11 @@ function openFiles(
 
 function describe(
   backings: readonly Backing[],
-  options: Omit<LoopOptions, "file">,
+  options: Omit<BackingOptions, "file">,
   chunkBytes: number,
   choice: BlockChoice,
   context: OpenContext,
-): OpenTarget & { spec: LoopSpec } {
+): OpenTarget & { spec: FilesSpec } {
   const readOnly = options.readOnly ?? false;
   const blockBytes = options.blockBytes ??
     Math.max(...backings.map(({ sectorBytes }) => sectorBytes));
@@ -123,8 +120,6 @@ function describe(
       files,
       chunkBytes,
       blockBytes,
-      alwaysDurable: !context.hasVolatileCache,
-      zeroFd: -1, // No file ends inside a block.
     },
     zeroCopy: {
       memoryAlignBytes: Math.max(
@@ -150,7 +145,7 @@ function cut(
   backings: readonly Backing[],
   blockBytes: number,
   chunkBytes: number,
-): { files: LoopFile[]; notes: string[] } {
+): { files: BackingFile[]; notes: string[] } {
   for (const backing of backings) {
     const { path, bytes } = backing;
     const { sizeBytes } = measure({ file: path, blockBytes }, backing);
@@ -165,9 +160,9 @@ function cut(
   if (each === 0) {
     throw new UsageError(`Chunk ${chunkBytes}: the smallest file has ${smallest} bytes`);
   }
-  const files = backings.map(({ fd, path, bytes }) => {
+  const files = backings.map(({ fd, bytes }) => {
     const sizeBytes = Math.min(bytes, each);
-    return { fd, path, offsetBytes: 0, sizeBytes, endBytes: sizeBytes };
+    return { fd, offsetBytes: 0, sizeBytes, endBytes: sizeBytes };
   });
   const notes = backings.filter(({ bytes }) => bytes > each)
     .map(({ path, bytes }) => `the last ${bytes - each} bytes of ${path} are not used`);

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 /**
- * The built-in targets by name. Those of `TARGETS` turn requests into file operations on the
- * queue's ring; those of `DEFINED` are written as anybody would, with defineTarget.
+ * The built-in targets by name. Those of `TARGETS` say where the bytes of requests are; those of
+ * `DEFINED` are written as anybody would, with defineTarget.
  * @module
  */
 
 import { openDefinition, parseOptions, type Target, toDefinition } from "../core/define_target.ts";
 import type { OptionSpecs, TargetDefinition } from "../core/define_target.ts";
+import { Engine } from "../core/engine.ts";
 import { UsageError } from "../core/error.ts";
 import type { ServedTarget, TargetType } from "../core/target.ts";
 import { concatTarget, stripeTarget } from "./concat.ts";
@@ -67,7 +68,9 @@ export async function prepareTarget(
   log: (text: string) => void,
 ): Promise<ServedTarget> {
   if (name === MODULE_TARGET) return await openModule(spec as ModuleSpec, log);
-  if (!isDefined(name)) return { handler: (context) => findTarget(name).serve(spec, context) };
+  if (!isDefined(name)) {
+    return { handler: (context) => new Engine(findTarget(name).volume(spec, context), context) };
+  }
   const { options, directory, shared } = spec as ModuleSpec;
   const definition = toDefinition(DEFINED[name], name);
   const values = parseOptions(definition, options, directory);

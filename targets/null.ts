@@ -6,7 +6,6 @@
  * @module
  */
 
-import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
 import { UsageError } from "../core/error.ts";
 import type { TargetType } from "../core/target.ts";
 
@@ -50,13 +49,5 @@ export const nullTarget: TargetType<NullOptions, null> = {
     return sizeBytes;
   },
 
-  serve() {
-    return {
-      handle(queue, tag) {
-        const op = queue.op(tag);
-        const moved = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
-        queue.commit(tag, moved ? queue.bytes(tag) : 0);
-      },
-    };
-  },
+  volume: () => ({ map: (_op, _offset, length) => length }),
 };

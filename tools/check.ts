@@ -33,7 +33,7 @@ const CORE_FOR_TARGETS = [
   "core/target.ts",
   "core/error.ts",
   "core/file_identity.ts",
-  "core/queue.ts",
+  "core/volume.ts",
   "core/define_target.ts",
   "core/proc.ts",
 ];
@@ -41,6 +41,7 @@ const CORE_FOR_TARGETS = [
 /** Files whose purpose is to tie layers together. */
 const EXCEPTIONS: Record<string, readonly string[]> = {
   "targets/queue_thread.ts": ["core/queue_thread.ts"],
+  "targets/mod.ts": ["core/engine.ts"],
   "targets/module.ts": ["mod.ts", "testing/mod.ts", "ffi/mod.ts"], // User modules import the library itself.
 };
 

@@ -138,9 +138,11 @@ export class PlayedRing implements Disposable {
       ubd_step: (_handle: number, count: number, wait: number) => this.step(count, wait),
       ubd_queue_notify: () => 0,
       ubd_queue_exit: () => 0,
+      ubd_close: () => 0,
     };
     const shim = {
       native,
+      open: () => ZERO_FD,
       queueInit: (config: QueueConfig) => this.init(config),
       watch: (signalled: () => void) => {
         this.signalled = signalled;
@@ -524,4 +526,4 @@ export class PlayedRing implements Disposable {
 }
 
 /** Stands for /dev/zero. */
-export const ZERO_FD = 9;
+const ZERO_FD = 9;

@@ -19,7 +19,8 @@ import type { BlockDevice, ReadRequest, Request, WriteRequest } from "../../core
 import { type Clock, FunctionHandler } from "../../core/function_handler.ts";
 import { Queue } from "../../core/queue.ts";
 import type { RequestHandler, ServeContext } from "../../core/target.ts";
-import { LoopHandler } from "../../targets/loop.ts";
+import { Engine } from "../../core/engine.ts";
+import { Files } from "../../targets/files.ts";
 import type { Fuzzer } from "./fuzzer.ts";
 import {
   type Asked,
@@ -29,7 +30,6 @@ import {
   MODES,
   PlayedRing,
   SECTOR,
-  ZERO_FD,
 } from "./played_ring.ts";
 
 /** What the functions of a device do, in turn. */
@@ -206,9 +206,9 @@ function handlerOf(ring: PlayedRing, clock: PlayedClock, play: Play): RequestHan
     return new FunctionHandler(functions(ring, clock, play), context, clock);
   }
   const sizeBytes = DISK_SECTORS * SECTOR;
-  const file = { fd: 8, path: "disk", offsetBytes: 0, sizeBytes, endBytes: sizeBytes };
-  const spec = { files: [file], chunkBytes: 0, blockBytes: 512, alwaysDurable: false };
-  return new LoopHandler({ ...spec, zeroFd: ZERO_FD }, context);
+  const file = { fd: 8, offsetBytes: 0, sizeBytes, endBytes: sizeBytes };
+  const spec = { files: [file], chunkBytes: 0, blockBytes: 512 };
+  return new Engine(new Files(spec, context.deviceBytes), context);
 }
 
 /** One thing happens. */

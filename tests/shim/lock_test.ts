@@ -10,7 +10,7 @@ import { after, test } from "node:test";
 import { ERRNO } from "../../abi/errno.ts";
 import { UblkError } from "../../core/error.ts";
 import { Shim } from "../../ffi/mod.ts";
-import { type Backing, type LoopOptions, openBacking } from "../../targets/loop.ts";
+import { type Backing, type BackingOptions, openBacking } from "../../targets/backing.ts";
 
 const shim = new Shim();
 const directory = mkdtempSync(join(tmpdir(), "ubd-lock-"));
@@ -23,7 +23,7 @@ function image(name: string): string {
   return path;
 }
 
-function open(file: string, options: Partial<LoopOptions> = {}, its = shim): Backing {
+function open(file: string, options: Partial<BackingOptions> = {}, its = shim): Backing {
   return openBacking({ file, ...options }, { shim: its, hasVolatileCache: true });
 }
 

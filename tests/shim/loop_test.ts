@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 /**
- * targets/loop.ts on real files, over a real ring without a driver (see queue_test.ts): `serve`
- * plays the block layer, one list of requests at a time, and answers with results and data.
+ * targets/loop.ts on real files, over a real ring without a driver (see block_layer.ts).
  *
  * Needs io_uring, and in the temporary directory a file system that punches holes.
  */
@@ -37,197 +36,53 @@ import {
   UBLK_IO_OP_WRITE_ZEROES,
 } from "../../abi/ublk_cmd.ts";
 import { UblkError, UsageError } from "../../core/error.ts";
-import { Queue } from "../../core/queue.ts";
-import type { OpenTarget, RequestHandler } from "../../core/target.ts";
+import type { Gaps } from "../../core/gaps.ts";
+import type { OpenTarget } from "../../core/target.ts";
 import {
-  COMMAND_COMMIT,
   COMMAND_FALLOCATE,
-  COMMAND_FETCH,
   COMMAND_FSYNC,
-  COMMAND_READ,
-  COMMAND_WORDS,
   COMMAND_WRITE,
   COMMAND_WRITE_ZEROES,
-  EVENT_FILE,
-  EVENT_WORDS,
-  type QueueConfig,
-  type QueueMemory,
-  Shim,
-  TAG_BITS,
   type ZeroCopyConfig,
 } from "../../ffi/mod.ts";
 import { concatTarget, stripeTarget } from "../../targets/concat.ts";
-import { type LoopSpec, loopTarget } from "../../targets/loop.ts";
+import type { FilesSpec } from "../../targets/files.ts";
+import { loopTarget } from "../../targets/loop.ts";
+import {
+  type Answer,
+  type BlockLayer,
+  IO_BYTES,
+  type Request,
+  type ServeOptions,
+  serveVolume,
+  shim,
+} from "./block_layer.ts";
 
 const { EIO, EAGAIN, EINTR, ENOSPC, EOPNOTSUPP } = ERRNO;
 const [READ, WRITE, FLUSH] = [UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_FLUSH];
 const [DISCARD, WRITE_ZEROES] = [UBLK_IO_OP_DISCARD, UBLK_IO_OP_WRITE_ZEROES];
-const IO_BYTES = 65536;
-const FILE_COMMANDS: number[] = [
-  COMMAND_READ,
-  COMMAND_WRITE,
-  COMMAND_FSYNC,
-  COMMAND_FALLOCATE,
-  COMMAND_WRITE_ZEROES,
-];
-
 const directory = mkdtempSync(join(tmpdir(), "ubd-loop-"));
 after(() => rmSync(directory, { recursive: true, force: true }));
 
-const shim = new Shim();
 const CONTEXT = { shim, hasVolatileCache: true };
 
-interface Request {
-  op: number;
-  flags?: number;
-  sector?: number;
-  sectors?: number;
-  data?: Uint8Array;
-}
-
-interface Answer {
-  result: number;
-  /** The tag's buffer after the commit, as long as the request. */
-  data: Uint8Array;
-}
-
-/** Serves a list of requests, several at once when depth allows, and records what happens. */
-class BlockLayer extends Shim {
-  readonly answers: Answer[] = [];
-  /** [operation, flags] of each command for a file. */
-  readonly fileCommands: [number, number][] = [];
-  /** May change the result of a file operation. */
-  onResult: (result: number) => number = (result) => result;
-  readonly #requests: readonly Request[];
-  readonly #requestOfTag: number[] = [];
-  #memory!: QueueMemory;
-  #next = 0;
-  #wakeFd = -1;
-
-  constructor(requests: readonly Request[]) {
-    super(shim.path);
-    this.#requests = requests;
-    const { ubd_step } = this.native;
-    const native = { ...this.native, ubd_step: this.#step.bind(this, ubd_step) };
-    Object.assign(this, { native });
-  }
-
-  override queueInit(config: QueueConfig): QueueMemory | number {
-    this.#wakeFd = config.wakeFd;
-    const memory = super.queueInit(config);
-    if (typeof memory !== "number") this.#memory = memory;
-    return memory;
-  }
-
-  /** Whether the tag has a request, and is not waiting for the end. */
-  isServing(tag: number): boolean {
-    return this.#requestOfTag[tag]! < this.#requests.length;
-  }
-
-  #step(step: Shim["native"]["ubd_step"], handle: number, count: number, wait: number): number {
-    const words = new Int32Array(this.#memory.commands);
-    for (let at = 0; at < count * COMMAND_WORDS; at += COMMAND_WORDS) {
-      const [head, value, flags] = [words[at]!, words[at + 1]!, words[at + 2]!];
-      const [op, tag] = [head >>> TAG_BITS, head & 0xffff];
-      if (op === COMMAND_COMMIT) this.#answer(tag, value);
-      if (op === COMMAND_COMMIT || op === COMMAND_FETCH) this.#prepare(tag);
-      else if (FILE_COMMANDS.includes(op)) this.fileCommands.push([op, flags]);
-    }
-    if (this.answers.filter(Boolean).length === this.#requests.length) {
-      this.native.ubd_wake(this.#wakeFd);
-    }
-    // Never blocks, so that a lost commit is a failed test and not one that hangs.
-    const deadline = performance.now() + 20_000;
-    let events = step(handle, count, 0);
-    while (wait && events === 0) {
-      if (performance.now() > deadline) throw new Error("the queue waits for nothing");
-      events = step(handle, 0, 0);
-    }
-    for (let index = 0; index < events; index++) {
-      const event = new Int32Array(this.#memory.events, index * 4 * EVENT_WORDS, 2);
-      if (event[0]! >>> TAG_BITS === EVENT_FILE) event[1] = this.onResult(event[1]!);
-    }
-    return events;
-  }
-
-  #buffer(tag: number, request: Request): Uint8Array {
-    const bytes = request.op === READ || request.op === WRITE ? (request.sectors ?? 0) * 512 : 0;
-    return this.#memory.buffers[tag]!.subarray(0, bytes);
-  }
-
-  #prepare(tag: number): void {
-    const number = this.#requestOfTag[tag] = this.#next++;
-    const request = this.#requests[number];
-    if (!request) return;
-    const { op, flags = 0, sector = 0, sectors = 0, data } = request;
-    const view = new DataView(this.#memory.descriptors, tag * 24, 24);
-    view.setUint32(0, op | flags, true);
-    view.setUint32(4, sectors, true);
-    view.setBigUint64(8, BigInt(sector), true);
-    // What an earlier request left in the buffer must never be answered.
-    this.#memory.buffers[tag]!.fill(0xee);
-    if (data) this.#buffer(tag, request).set(data);
-  }
-
-  #answer(tag: number, result: number): void {
-    const number = this.#requestOfTag[tag]!;
-    assert.ok(number < this.#requests.length && !this.answers[number], "answered twice");
-    const data = this.#buffer(tag, this.#requests[number]!).slice();
-    this.answers[number] = { result, data };
-  }
-}
-
-interface ServeOptions {
-  depth?: number;
-  zeroCopy?: ZeroCopyConfig | undefined;
-  onResult?: (result: number) => number;
-  logs?: string[];
+interface LoopServeOptions extends ServeOptions {
   /** The device's size by now. */
   deviceBytes?: number;
 }
 
-/** Has `requests` served by a loop handler made from `spec`. */
-function serveSpec(spec: unknown, requests: Request[], options: ServeOptions = {}): BlockLayer {
-  const { depth = 1, logs = [], deviceBytes } = options;
-  const layer = new BlockLayer(requests);
-  if (options.onResult) layer.onResult = options.onResult;
-  const log = (text: string) => void logs.push(text);
-  const handler: RequestHandler = loopTarget.serve(
-    spec as Parameters<typeof loopTarget.serve>[0],
-    { depth, ioBytesMax: IO_BYTES, log, deviceBytes: () => deviceBytes },
-  );
-  const wakeFd = shim.native.ubd_eventfd(0);
-  try {
-    using queue = new Queue(layer, {
-      charFd: -1,
-      wakeFd,
-      queueId: 0,
-      depth,
-      ioBytesMax: IO_BYTES,
-      fetchOpcode: 0,
-      commitOpcode: 0,
-      sqe128: false,
-      descriptorOffset: 0,
-      descriptorBytes: 4096,
-      zeroCopy: options.zeroCopy,
-    });
-    queue.run(
-      {
-        handle: (queue, tag) => layer.isServing(tag) && handler.handle(queue, tag),
-        resume: (queue, tag, result) => handler.resume!(queue, tag, result),
-      },
-      () => true,
-      (error) => {
-        throw error;
-      },
-    );
-  } finally {
-    shim.native.ubd_close(wakeFd);
-  }
-  return layer;
+/** Has `requests` served by a volume made from `spec`. */
+function serveSpec(spec: unknown, requests: Request[], options: LoopServeOptions = {}): BlockLayer {
+  const context = {
+    depth: options.depth ?? 1,
+    ioBytesMax: IO_BYTES,
+    log: () => {},
+    deviceBytes: () => options.deviceBytes,
+  };
+  return serveVolume(loopTarget.volume(spec as FilesSpec, context), requests, options);
 }
 
-function serve(target: OpenTarget, requests: Request[], options?: ServeOptions): Answer[] {
+function serve(target: OpenTarget, requests: Request[], options?: LoopServeOptions): Answer[] {
   return serveSpec(target.spec, requests, options).answers;
 }
 
@@ -414,10 +269,8 @@ test("loop serves many tags at once", () => {
 });
 
 /** The file commands that `requests` lead to. */
-function commandsOf(hasVolatileCache: boolean, requests: Request[]): [number, number][] {
-  const target = loopTarget.open({ file: image(65536) }, { shim, hasVolatileCache });
-  const layer = serveSpec(target.spec, requests);
-  target.close();
+function commandsOf(requests: Request[], gaps?: Gaps): [number, number][] {
+  const layer = withTarget(image(65536), {}, ({ spec }) => serveSpec(spec, requests, { gaps }));
   assert.ok(layer.answers.every(({ result }) => result >= 0));
   return layer.fileCommands;
 }
@@ -431,7 +284,7 @@ const DURABILITY: Request[] = [
 ];
 
 test("loop makes durable what FLUSH and FUA ask for: fdatasync, and RWF_DSYNC", () => {
-  assert.deepStrictEqual(commandsOf(true, DURABILITY), [
+  assert.deepStrictEqual(commandsOf(DURABILITY), [
     [COMMAND_FSYNC, 1],
     [COMMAND_WRITE, 0],
     [COMMAND_WRITE, RWF_DSYNC],
@@ -442,7 +295,7 @@ test("loop makes durable what FLUSH and FUA ask for: fdatasync, and RWF_DSYNC", 
 });
 
 test("loop makes every change durable where the driver has no FLUSH", () => {
-  assert.deepStrictEqual(commandsOf(false, DURABILITY), [
+  assert.deepStrictEqual(commandsOf(DURABILITY, { durability: true, rest: false, refused: [] }), [
     [COMMAND_FSYNC, 1],
     [COMMAND_WRITE, RWF_DSYNC],
     [COMMAND_WRITE, RWF_DSYNC],
@@ -582,11 +435,9 @@ test("loop passes on the backing's error, and says so", () => {
   const full = shim.open("/dev/full", 2);
   const bytes = 1 << 20;
   const spec = {
-    files: [{ fd: full, path: "/dev/full", offsetBytes: 0, sizeBytes: bytes, endBytes: bytes }],
+    files: [{ fd: full, offsetBytes: 0, sizeBytes: bytes, endBytes: bytes }],
     chunkBytes: 0,
     blockBytes: 512,
-    alwaysDurable: false,
-    zeroFd: -1,
   };
   const logs: string[] = [];
   const requests = [{ op: WRITE, sectors: 8, data: new Uint8Array(4096) }, { op: FLUSH }];
@@ -921,8 +772,8 @@ test("stripe and concat flush every file, and free each file's part in one piece
 });
 
 test("stripe and concat pass on an error with the name of the file, a failed FLUSH too", () => {
-  withFiles([4096, 4096], 0, (target, files) => {
-    const spec = target.spec as LoopSpec;
+  withFiles([4096, 4096], 0, (target) => {
+    const spec = target.spec as FilesSpec;
     const full = shim.open("/dev/full", 2);
     const broken = { ...spec, files: [spec.files[0]!, { ...spec.files[1]!, fd: full }] };
     const logs: string[] = [];
@@ -935,8 +786,8 @@ test("stripe and concat pass on an error with the name of the file, a failed FLU
     shim.native.ubd_close(full);
     assert.deepStrictEqual(results(answers), [4096, -ENOSPC, -ERRNO.EINVAL]);
     assert.deepStrictEqual(logs, [
-      `WRITE on ${files[1]} fails: ENOSPC`,
-      `FLUSH on ${files[1]} fails: EINVAL`,
+      "WRITE on /dev/full fails: ENOSPC",
+      "FLUSH on /dev/full fails: EINVAL",
     ]);
   });
 });
