@@ -452,9 +452,10 @@ export class PlayedRing implements Disposable {
     const asked = this.serving[tag];
     assert(!this.idle[tag], `a command for tag ${tag}, which the driver has`);
     if (op === COMMAND_FETCH || op === COMMAND_COMMIT) {
+      // The driver looks at the address first: what a READ got is taken from there.
+      this.place[tag] = this.address[tag]!;
       if (op === COMMAND_COMMIT) this.commit(tag, value);
       else assert(!asked, `tag ${tag} is fetched while it serves`);
-      this.place[tag] = this.address[tag]!;
       this.idle[tag] = true;
       return;
     }
