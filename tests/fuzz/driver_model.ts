@@ -246,8 +246,11 @@ export class DriverModel {
       if (tries === 50) refuse(EBUSY);
       await sleep(2);
     }
+    const { server } = device;
     this.#endQueues(device);
-    while (device.server) await sleep(1);
+    // A server may quiesce its own device: the state changes when it lets go, which it need not die for.
+    while (device.server && this.#isOpen(id)) await sleep(1);
+    if (device.server && device.server === server) this.#lost(device);
   }
 
   #endQueues({ id, server }: PlayedDevice): void {
