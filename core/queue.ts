@@ -76,6 +76,11 @@ const IN_FLIGHT = 8;
 /** With that: the request is answered with EIO when the operation has ended. */
 const FAILED = 16;
 
+/** Of a turn: the queue is to end. */
+const LEAVE = -1;
+/** Of a turn that does not wait: something is about to come for which the ring wakes nobody. */
+const SOON = -2;
+
 const DESCRIPTOR_WORDS = 6;
 assert(DESCRIPTOR_WORDS * 4 === UBLKSRV_IO_DESC.size, "a descriptor has another size");
 
@@ -369,7 +374,7 @@ export class Queue implements Disposable {
     this.fetchAll();
     while (this.liveTags > 0) {
       if (handler.needsEventLoop) return false;
-      if (this.turn(1, handler, woken, failed) < 0) return true;
+      if (this.turn(1, handler, woken, failed) === LEAVE) return true;
       if (this.failure) throw this.failure.error;
     }
     return true;
@@ -398,7 +403,7 @@ export class Queue implements Disposable {
       while (this.liveTags > 0) {
         const asked = this.commandCount;
         const events = this.turn(0, this.refusing ? REFUSES : handler, woken, failed);
-        if (events < 0) return;
+        if (events === LEAVE) return;
         // Only a step that neither takes nor brings anything has the ring wake this queue.
         const idle = asked === 0 && events === 0 && this.commandCount === 0;
         if (idle) await new Promise<void>((resolve) => this.goOn = resolve);
@@ -433,7 +438,7 @@ export class Queue implements Disposable {
     this.command(COMMAND_WAKE, 0, 0);
   }
 
-  /** Submits what there is and serves what completed. @returns how much that was, -1 to leave. */
+  /** Submits what there is and serves what completed. @returns how much that was, LEAVE or SOON. */
   private turn(
     wait: 0 | 1,
     handler: RequestHandler,
@@ -445,14 +450,17 @@ export class Queue implements Disposable {
     if (count > this.depth + 1) throw new AssertionError("more commands than tags");
     this.commandCount = 0;
     const events = this.shim.native.ubd_step(this.handle, count, wait);
-    if (events < 0) throw UblkError.from(events, "enter the ring");
+    if (events < 0) {
+      if (events === -ERRNO.EAGAIN) return SOON;
+      throw UblkError.from(events, "enter the ring");
+    }
     const { copies } = this;
     for (let index = 0; index < events; index++) {
       const word = this.eventWords[index * EVENT_WORDS]!;
       const kind = word >>> TAG_BITS;
       const tag = word & TAG_MASK;
       if (kind === EVENT_WAKE) {
-        if (woken()) return -1;
+        if (woken()) return LEAVE;
         this.command(COMMAND_WAKE, 0, 0);
         continue;
       }

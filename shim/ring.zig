@@ -314,7 +314,8 @@ fn roomFor(ring: *Ring, count: u32) bool {
 
 /// Packs `count` commands, enters the kernel once, and drains completions into the event array.
 /// With `wait` it blocks until there is at least one; no events is a normal result (a signal,
-/// or task work that completed nothing). Returns the number of events or -errno.
+/// or task work that completed nothing). Returns the number of events or -errno. EAGAIN: there are
+/// none, but some are about to come, and nothing rings for them: come back.
 pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
     if (count > queue.capacity) return -sys.EINVAL;
     if (!roomFor(&queue.ring, count)) return -sys.EBUSY;
@@ -345,7 +346,9 @@ pub fn step(queue: *Queue, count: u32, wait: bool) i32 {
 noinline fn lookAgain(queue: *Queue) i32 {
     ringEventfd(&queue.ring, true);
     _ = enterKernel(&queue.ring, 0, queue.enter_flags); // What came before that rang nothing.
-    return collect(queue);
+    runRest(queue);
+    const events = collect(queue);
+    return if (events == 0 and moreToRun(&queue.ring)) -sys.EAGAIN else events;
 }
 
 /// Drains, and submits what that led to: the caller may sleep now, until there are completions.
@@ -378,13 +381,17 @@ inline fn enter(queue: *Queue, wait: u32) i32 {
     return 0;
 }
 
+/// The kernel runs 20 items at a time, and rings the eventfd no more for what is left; nor for an
+/// item that somebody was about to add while the one before it was run (7.2): that one cannot be run
+/// yet. Not until the flag is gone. Whoever adds an item sets it last, when the item may have been run
+/// already, and then the kernel does not clear it before the next one: so that is done here. What is
+/// there all the same, the kernel finds without it, and sets it again if something is left.
 noinline fn runRest(queue: *Queue) void {
-    // The kernel runs 20 items at a time, and rings the eventfd no more for what is left. Not
-    // until the flag is gone: whoever adds an item sets it last, when the item may have been
-    // run already, and then nothing clears it before the next one. The eventfd is rung after.
+    const ring = &queue.ring;
     var enters = queue.capacity / task_work_batch + 2;
-    while (pending(&queue.ring) == 0 and moreToRun(&queue.ring) and enters > 0) {
-        if (enterKernel(&queue.ring, 0, queue.enter_flags) < 0) break;
+    while (pending(ring) == 0 and moreToRun(ring) and enters > 0) {
+        _ = @atomicRmw(u32, ring.sq.kflags, .And, ~sq_taskrun, .seq_cst);
+        if (enterKernel(ring, 0, queue.enter_flags) < 0) break;
         enters -= 1;
     }
 }

@@ -6,6 +6,7 @@
  */
 
 import assert from "node:assert/strict";
+import { ERRNO } from "../../abi/errno.ts";
 import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../../abi/ublk_cmd.ts";
 import { Engine } from "../../core/engine.ts";
 import { GapQueue, type Gaps } from "../../core/gaps.ts";
@@ -102,7 +103,7 @@ export class BlockLayer extends Shim {
     // Never blocks, so that a lost commit is a failed test and not one that hangs.
     const deadline = performance.now() + 20_000;
     let events = step(handle, count, 0);
-    while (wait && events === 0) {
+    while (events === -ERRNO.EAGAIN || (wait && events === 0)) {
       if (performance.now() > deadline) throw new Error("the queue waits for nothing");
       events = step(handle, 0, 0);
     }

