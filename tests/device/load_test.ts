@@ -92,3 +92,23 @@ deviceTest("kill -9 under load leaves a DEAD device, which list shows and del re
     await scene.del(device);
   });
 });
+
+deviceTest("a handler that answers by promises answers every request of a crowd", {
+  everywhere: "deno",
+  limitS: scaled(120, 1200),
+}, async (scene) => {
+  // Answers as fast as can be: the more often the queue goes to sleep between two crowds.
+  const fails = ["--opt", "errorRate=1", "--opt", "operations=read"];
+  const device = await scene.add("fault", "--size", "16M", ...fails);
+  const reads = scaled(32_768, 262_144);
+  const { stdout, stderr } = await scene.run([
+    ...["fio", "--name=crowd", `--filename=${device.path}`, "--direct=1", "--output-format=json"],
+    ...["--ioengine=libaio", "--iodepth=32", "--rw=randread", "--bs=512", "--norandommap"],
+    ...["--continue_on_error=all", "--size=16M", `--io_size=${reads * 512}`],
+  ], { limitMs: scaled(110_000, 1_100_000) });
+  const { jobs } = JSON.parse(stdout.slice(stdout.indexOf("{"))) as {
+    jobs: { total_err: number; read: { total_ios: number } }[];
+  };
+  assert.ok(jobs[0]!.total_err >= reads * 0.99, `${stderr} ${JSON.stringify(jobs[0])}`);
+  await scene.del(device);
+});
