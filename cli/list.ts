@@ -25,7 +25,7 @@ import {
 import { reportFailure, toFailure } from "./exit.ts";
 import { print, printJson, tell } from "./output.ts";
 import { forsaken } from "./quiescing.ts";
-import { formatSize, parseDeviceId } from "./size.ts";
+import { formatSize, oneDeviceId, parseDeviceId } from "./size.ts";
 import { specOf } from "./spec.ts";
 import { formatTable } from "./table.ts";
 
@@ -43,7 +43,8 @@ export function defineList(program: Command): void {
       "Shows all devices, or one, as the driver sees them: as a table at a terminal, as lines of " +
         "their own to a pipe or a file.",
     )
-    .option("-n, --number <id>", "only this device", parseDeviceId)
+    .argument("[device]", "only this one: id, or path such as /dev/ublkb0", parseDeviceId)
+    .option("-n, --number <id>", "device id", parseDeviceId)
     .option("-l, --long", "the lines also at a terminal")
     .option("-v, --verbose", "everything, as indented JSON")
     .action(list);
@@ -51,7 +52,8 @@ export function defineList(program: Command): void {
   program.command("info")
     .description("Shows one device in words.")
     .summary("show one device in words")
-    .argument("<device>", "id, or path such as /dev/ublkb0", parseDeviceId)
+    .argument("[device]", "id, or path such as /dev/ublkb0", parseDeviceId)
+    .option("-n, --number <id>", "device id", parseDeviceId)
     .action(info);
 
   program.command("features")
@@ -60,7 +62,12 @@ export function defineList(program: Command): void {
     .action(features);
 }
 
-async function list({ number, long, verbose, json }: ListOptions): Promise<void> {
+async function list(
+  device: number | undefined,
+  { number: option, long, verbose, json }: ListOptions,
+): Promise<void> {
+  const isAll = device === undefined && option === undefined;
+  const number = isAll ? undefined : oneDeviceId("list", device, option);
   using control = await Control.open();
   control.apart = true;
   let failed: unknown;
@@ -131,7 +138,8 @@ function wordsOfThreads({ queueThreads, queues }: DeviceFacts): string {
     : `, served by ${threads} thread${threads === 1 ? "" : "s"}`;
 }
 
-async function info(id: number, { json }: ListOptions): Promise<void> {
+async function info(device: number | undefined, { number, json }: ListOptions): Promise<void> {
+  const id = oneDeviceId("info", device, number);
   using control = await Control.open();
   control.apart = true;
   const facts = await describeDevice(control, id);

@@ -251,7 +251,7 @@ deviceTest("an upgrade that is interrupted, or dies, over a slow request freezes
   // All of it killed: whoever looks sees it, and recover mends it.
   const dead = await during("quiesce", (pid) => process.kill(pid, "SIGKILL"), () => {});
   for (const verb of ["list", "info"]) {
-    const { stdout, stderr } = await scene.ubd(verb, "-n", `${device.id}`);
+    const { stdout, stderr } = await scene.ubd(verb, `${device.id}`);
     assert.match(stdout, /holds all requests.*ubd recover/, `${verb}: ${stdout}${stderr}`);
   }
   assert.match((await scene.ubd("doctor")).stdout, /holds all requests/);

@@ -206,8 +206,10 @@ test("ubd refuses an unknown option of each verb", TIMEOUT, () => {
 
 test("ubd refuses more arguments than a verb has", TIMEOUT, () => {
   mistake(["add", "loop", "a", "b"], "Target loop takes one file");
-  mistake(["list", "3"], /too many arguments/);
-  mistake(["info"], /missing required argument 'device'/);
+  mistake(["list", "3", "4"], /too many arguments/);
+  mistake(["info"], "Which device? ubd info -n ID");
+  mistake(["info", "3", "-n", "4"], "Name the device once");
+  mistake(["list", "3", "-n", "4"], "Name the device once");
 });
 
 test("ubd del deletes nothing unless it is told what", TIMEOUT, () => {
