@@ -13,7 +13,7 @@
  * @module
  */
 
-import { spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -100,14 +100,21 @@ function readReport(path: string): string | undefined {
   }
 }
 
-function hostTests(runtime: "bun" | "deno", ...tiers: string[]): void {
-  const report = join(scratch, "report.xml");
+/** Their output is kept until the end: both runtimes' tests wait more than they compute. */
+async function hostTests(runtime: "bun" | "deno", ...tiers: string[]): Promise<void> {
+  const report = join(scratch, `${runtime}.xml`);
   rmSync(report, { force: true });
   const args = runtime === "bun"
     ? ["test", "--reporter=junit", `--reporter-outfile=${report}`, "--timeout=60000", ...tiers]
     : ["test", "-A", "-q", "--no-check", `--junit-path=${report}`, ...tiers];
-  const { status } = spawnSync(runtime, args, { cwd: ROOT, stdio: "inherit" });
-  count(runtime, readReport(report), status === 0);
+  const child = spawn(runtime, args, { cwd: ROOT, stdio: ["ignore", "pipe", "pipe"] });
+  let output = "";
+  for (const stream of [child.stdout, child.stderr]) {
+    stream.setEncoding("utf8").on("data", (text) => output += text);
+  }
+  const status = await new Promise((resolve) => child.on("close", resolve).on("error", resolve));
+  console.log(`\n== ${tiers.join(", ")}, ${runtime}\n${output}`);
+  count(`${tiers.join(", ")}, ${runtime}`, readReport(report), status === 0, output);
 }
 
 interface Job {
@@ -195,8 +202,10 @@ await stage("check", async () => {
   total.failed += failed;
 });
 await stage("build", build);
-await stage("unit and shim tests, Bun", () => hostTests("bun", "tests/unit", "tests/shim"));
-await stage("unit and shim tests, Deno", () => hostTests("deno", "tests/unit", "tests/shim"));
+await stage("unit and shim tests", async () => {
+  const tiers = ["tests/unit", "tests/shim"];
+  await Promise.all([hostTests("bun", ...tiers), hostTests("deno", ...tiers)]);
+});
 await stage("package tests", () => hostTests("bun", "tests/package"));
 if (!options.quick) {
   const kernels = (Object.keys(KERNELS) as KernelName[])
