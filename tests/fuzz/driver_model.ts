@@ -48,6 +48,9 @@ type Added = Pick<
 
 interface Connection {
   pid: number;
+  verb: string;
+  /** The devices that it was told of. */
+  known: Set<PlayedDevice>;
   socket: Socket;
 }
 
@@ -94,7 +97,7 @@ export class DriverModel {
   }
 
   #welcome(socket: Socket): void {
-    const connection: Connection = { pid: -1, socket };
+    const connection: Connection = { pid: -1, verb: "", known: new Set(), socket };
     let rest = "";
     socket.setEncoding("utf8").on("data", (text: string) => {
       const lines = (rest + text).split("\n");
@@ -163,8 +166,8 @@ export class DriverModel {
     });
   }
 
-  do_hello(connection: Connection, pid: number): void {
-    connection.pid = pid;
+  do_hello(connection: Connection, pid: number, verb: string): void {
+    Object.assign(connection, { pid, verb });
     this.connections.add(connection);
   }
 
@@ -199,7 +202,8 @@ export class DriverModel {
     return { ...info, ublksrvFlags: 0n, ownerUid: 0, ownerGid: 0 };
   }
 
-  do_getDeviceInfo(_: Connection, id: number) {
+  do_getDeviceInfo({ known }: Connection, id: number) {
+    known.add(this.#device(id));
     return this.#info(this.#device(id));
   }
 
@@ -261,9 +265,11 @@ export class DriverModel {
     this.#device(id);
   }
 
-  async do_stopDevice(_: Connection, id: number): Promise<void> {
+  async do_stopDevice({ verb, known }: Connection, id: number): Promise<void> {
     const device = this.#device(id);
-    if (this.isStranger(id)) this.wronged.push(id);
+    // Whoever says `del ID` means the device that has the id when the command looks.
+    const isMeant = verb === "del" && [...known].every((one) => one.id !== id || one === device);
+    if (this.isStranger(id) && !isMeant) this.wronged.push(id);
     while (device.busy > 0 && device.server) await sleep(1);
     device.state = UBLK_S_DEV_DEAD;
     this.#endQueues(device);

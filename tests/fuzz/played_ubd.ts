@@ -67,7 +67,7 @@ async function ask(method: string, ...args: unknown[]): Promise<unknown> {
     if (waiting.size === 0 && role === "command") socket.unref();
   }
 }
-await ask("hello", process.pid);
+await ask("hello", process.pid, process.argv[2]);
 
 async function command(method: string, id: number, ...args: unknown[]): Promise<unknown> {
   calls++;
