@@ -180,7 +180,11 @@ async function info(device: number | undefined, { number, json }: ListOptions): 
       ? []
       : [["supervised by", `process ${facts.supervisor}`] as [string, string]]),
     ["features", facts.features.join(" ") || "none"],
-    ...Object.entries(facts.target).map(([key, value]): [string, string] => [key, String(value)]),
+    // As in ublk's dump, which has no unit.
+    ...Object.entries(facts.target).map(([key, value]): [string, string] => [
+      key,
+      `${value}${key === "offset" ? " sectors" : ""}`,
+    ]),
   ];
   for (const [name, value] of lines) print(`${name.padEnd(14)}${oneLine(value)}\n`);
   const told = state && specOf(state);

@@ -360,7 +360,49 @@ function filesOf({ options = {} }: TargetDefinition, values: Record<string, unkn
     .map((name) => values[name]).filter((value) => typeof value === "string");
 }
 
+/** What a device may have, and of which type. */
+const MEMBERS: Readonly<Record<keyof BlockDevice, string>> = {
+  size: "number",
+  blockSize: "number",
+  read: "function",
+  write: "function",
+  flush: "function",
+  discard: "function",
+  writeZeroes: "function",
+  close: "function",
+  handlesFua: "boolean",
+  maxConcurrent: "number",
+  timeoutMs: "number",
+  maxQueues: "number",
+  memory: "object",
+};
+
+/**
+ * What is not given is not offered: a misspelt `write` would make the device read-only. Members of a
+ * device's own are no mistakes: one is, if it could be what is not there.
+ */
+function misspelt(device: object): [wrong: string, right: string] | undefined {
+  const absent = Object.entries(MEMBERS).filter(([name]) => !(name in device));
+  const letters = (name: string) => [...name.toLowerCase()].sort().join("");
+  const lacksOne = (short: string, long: string) =>
+    long.length === short.length + 1 &&
+    [...long].some((_, at) => long.slice(0, at) + long.slice(at + 1) === short);
+  for (const [name, value] of Object.entries(device)) {
+    if (name in MEMBERS) continue;
+    const meant = absent.find(([other, type]) =>
+      typeof value === type &&
+      (letters(other) === letters(name) || lacksOne(name, other) || lacksOne(other, name))
+    );
+    if (meant) return [name, meant[0]];
+  }
+  return undefined;
+}
+
 function checkDevice(device: BlockDevice): void {
+  const [wrong, right] = misspelt(device ?? {}) ?? [];
+  if (wrong !== undefined) {
+    throw new UsageError(`A device has no "${wrong}": did you mean "${right}"?`);
+  }
   for (const name of ["read", "write", "flush", "discard", "writeZeroes", "close"] as const) {
     const value: unknown = device?.[name];
     if (typeof value === "function" || (value === undefined && name !== "read")) continue;

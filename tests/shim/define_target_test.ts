@@ -772,6 +772,12 @@ test("options that are declared wrong are refused before anything is opened", as
   }
 });
 
+test("a device may have members of its own, also such as are called nearly as others", async () => {
+  const own = { reads: 0, writes: 0, closed: false, discards: [], help() {} };
+  const device = { size: SIZE, read: () => void own.reads++, ...own };
+  await using _ = await openForTesting(device);
+});
+
 test("what is no target, and what can be no device, is refused by name", async () => {
   const refused: [unknown, string | RegExp][] = [
     [undefined, /^This is no target: its default export must be defineTarget/],
@@ -784,6 +790,17 @@ test("what is no target, and what can be no device, is refused by name", async (
       "A target's read must be a function, not undefined",
     ],
     [{ open: () => undefined }, "A target's read must be a function, not undefined"],
+    [
+      defineTarget({ size: SIZE, raed() {} } as unknown as BlockDevice),
+      'A device has no "raed": did you mean "read"?',
+    ],
+    [{ size: SIZE, read() {}, wirte() {} }, 'A device has no "wirte": did you mean "write"?'],
+    [{ size: SIZE, read() {}, discrd() {} }, 'A device has no "discrd": did you mean "discard"?'],
+    [
+      { size: SIZE, read() {}, writezeroes() {} },
+      'A device has no "writezeroes": did you mean "writeZeroes"?',
+    ],
+    [{ sizes: SIZE, read() {} }, 'A device has no "sizes": did you mean "size"?'],
     [{ size: SIZE, read() {}, write: 1 }, "A target's write must be a function, not number"],
     [{ size: SIZE, read() {}, flush: {} }, "A target's flush must be a function, not object"],
     [{ read() {} }, "A target's size must be its bytes, not undefined"],
