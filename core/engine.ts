@@ -29,7 +29,7 @@ import {
   UBLK_IO_OP_WRITE_ZEROES,
 } from "../abi/ublk_cmd.ts";
 import { descriptorPath } from "./file_identity.ts";
-import type { Queue } from "./queue.ts";
+import { movesData, type Queue } from "./queue.ts";
 import type { RequestHandler, ServeContext } from "./target.ts";
 import {
   PIECE_FILE,
@@ -49,6 +49,7 @@ const PIECES = 1;
 const ZEROING = 2;
 /** The pieces are done, and their files are synced. */
 const SYNCING = 3;
+
 /** Unexpected, but the kernel may ask for patience; more than this is an error. */
 const RETRIES_MAX = 64;
 
@@ -313,10 +314,6 @@ export class Engine implements RequestHandler {
       return `descriptor ${fd}`;
     }
   }
-}
-
-function movesData(op: number): boolean {
-  return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
 }
 
 /** Whether what the request writes must be durable before it is answered. */

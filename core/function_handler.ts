@@ -30,7 +30,7 @@ import type {
   ZeroRequest,
 } from "./define_target.ts";
 import { describeThrown, UblkError } from "./error.ts";
-import { type Queue, SECTOR_BYTES } from "./queue.ts";
+import { movesData, type Queue, SECTOR_BYTES } from "./queue.ts";
 import type { RequestHandler, ServeContext } from "./target.ts";
 
 const TIMEOUT_DEFAULT_MS = 30_000;
@@ -357,10 +357,6 @@ export class FunctionHandler implements RequestHandler {
     if (slot.isDetached) return this.replace(slot);
     slot.queue.commit(slot.tag, result);
   }
-}
-
-function movesData(op: number): boolean {
-  return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
 }
 
 function isPromise(answer: Answer): answer is Promise<void | number> {

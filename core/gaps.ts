@@ -14,7 +14,7 @@ import {
   UBLK_IO_OP_WRITE,
   UBLK_IO_OP_WRITE_ZEROES,
 } from "../abi/ublk_cmd.ts";
-import { Queue } from "./queue.ts";
+import { movesData, Queue } from "./queue.ts";
 import type { DeviceLimits, RequestHandler } from "./target.ts";
 
 /** Structured-cloneable: it goes to the queues' threads. */
@@ -71,8 +71,7 @@ export class GapQueue extends Queue {
 
   override commit(tag: number, result: number): void {
     const op = this.op(tag);
-    const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
-    if (!moves || !this.gaps.rest) return super.commit(tag, result);
+    if (!movesData(op) || !this.gaps.rest) return super.commit(tag, result);
     const bytes = this.bytes(tag);
     if (result > 0 && result < bytes) return this.#goOn(tag, op, result, bytes);
     const done = this.#done[tag]!;

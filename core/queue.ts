@@ -86,6 +86,11 @@ assert(DESCRIPTOR_WORDS * 4 === UBLKSRV_IO_DESC.size, "a descriptor has another 
 
 export const SECTOR_BYTES = 512;
 
+/** Whether a request with this operation has data. */
+export function movesData(op: number): boolean {
+  return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
+}
+
 const REFUSES: RequestHandler = { handle: (queue, tag) => queue.commit(tag, -ERRNO.EIO) };
 
 export class Queue implements Disposable {
@@ -271,8 +276,7 @@ export class Queue implements Disposable {
   private answerOf(tag: number, result: number): number {
     if (result < 0) return result === -ERRNO.EAGAIN ? -ERRNO.EIO : result;
     const op = this.op(tag);
-    const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
-    return moves && (result === 0 || result > this.bytes(tag)) ? -ERRNO.EIO : result;
+    return movesData(op) && (result === 0 || result > this.bytes(tag)) ? -ERRNO.EIO : result;
   }
 
   /** The first half of a commit where this queue has registered the buffer. */
@@ -542,7 +546,6 @@ export class Queue implements Disposable {
 
   private mustRegister(tag: number): boolean {
     if (!this.registersAll) return (this.flags(tag) & UBLK_IO_F_NEED_REG_BUF) !== 0;
-    const op = this.op(tag);
-    return op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
+    return movesData(this.op(tag));
   }
 }

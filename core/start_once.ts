@@ -6,11 +6,11 @@
  */
 
 import process from "node:process";
-import { UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
+import { UBLK_IO_OP_READ } from "../abi/ublk_cmd.ts";
 import { attach, unwinding } from "./attach.ts";
 import type { Control } from "./control.ts";
 import { UblkError } from "./error.ts";
-import type { Queue } from "./queue.ts";
+import { movesData, type Queue } from "./queue.ts";
 import { openHere } from "./queue_thread.ts";
 import type { DeviceLimits } from "./target.ts";
 
@@ -28,7 +28,7 @@ const NOTHING: DeviceLimits = {
 function answer(queue: Queue, tag: number): void {
   const [op, bytes] = [queue.op(tag), queue.bytes(tag)];
   if (op === UBLK_IO_OP_READ) queue.fillZero(tag, 0, bytes);
-  queue.commit(tag, op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE ? bytes : 0);
+  queue.commit(tag, movesData(op) ? bytes : 0);
 }
 
 /**

@@ -20,7 +20,7 @@ import { ERRNO, errnoName } from "../abi/errno.ts";
 import { OP_NAMES, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE } from "../abi/ublk_cmd.ts";
 import { UBLKSRV_IO_DESC } from "../abi/ublk_structs.ts";
 import { pack } from "../abi/struct.ts";
-import { SECTOR_BYTES } from "../core/queue.ts";
+import { movesData, SECTOR_BYTES } from "../core/queue.ts";
 import { countRequest } from "../core/stats.ts";
 import {
   COMMAND_COMMIT,
@@ -241,12 +241,11 @@ export class PlayedDriver extends Shim {
     queue.serving[tag] = undefined;
     const { op, offset, length, data, settle } = request;
     countRequest(queue.config.stats!, op, result);
-    const moves = op === UBLK_IO_OP_READ || op === UBLK_IO_OP_WRITE;
     if (op === UBLK_IO_OP_READ && result > 0) {
       data.set(queue.memory.buffers[tag]!.subarray(0, result), request.done);
     }
     // Whoever still looks at a request that is answered shall see that it is.
-    if (moves) {
+    if (movesData(op)) {
       const buffer = queue.memory.buffers[tag]!.subarray(0, length - request.done).fill(POISON);
       queue.answered[tag] = { request: { ...request }, buffer };
     }
@@ -255,7 +254,7 @@ export class PlayedDriver extends Shim {
       return;
     }
     request.done += result;
-    if (moves && request.done < length) queue.submitted.unshift(request);
+    if (movesData(op) && request.done < length) queue.submitted.unshift(request);
     else settle.resolve();
   }
 
