@@ -60,7 +60,7 @@ deviceTest("del refuses a device that is mounted, swap, held or open, and names 
   await refuses(scene, device, new RegExp(`${device.path} is the journal of a mounted`));
   await scene.sh(`umount ${journaled}; wipefs -qa ${device.path} ${mainLoop}`);
   await scene.sh(`mkfs.xfs -q -f -l logdev=${device.path} ${mainLoop}`);
-  const logged = await scene.mount("logged", "-o", `logdev=${device.path}`, mainLoop);
+  const logged = await scene.mount("logged", "-t xfs -o", `logdev=${device.path}`, mainLoop);
   await refuses(scene, device, new RegExp(`${device.path} is the logdev of .*/logged`));
   await scene.sh(`umount ${logged}`);
 
