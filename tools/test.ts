@@ -140,7 +140,8 @@ function partsOf(kernel: KernelName, ubd: Runner): Job[] {
   // A longer file takes longer: dealt out to and fro, all parts take about the same.
   const all = readdirSync(directory).filter((name) => name.endsWith("_test.ts"))
     .sort((one, other) => bytes(other) - bytes(one));
-  const count = ubd !== "binary" || kernel === "6.1" ? 1 : kernel === "newest" ? 6 : 3;
+  const counts = { newest: { binary: 6, bun: 1, deno: 2 }, "6.12": { binary: 3, bun: 1, deno: 1 } };
+  const count = kernel === "6.1" ? 1 : counts[kernel][ubd];
   const turn = (at: number) => Math.min(at % (2 * count), 2 * count - 1 - at % (2 * count));
   return Array.from({ length: count }, (_, index) => ({
     kernel,
@@ -215,7 +216,7 @@ if (!options.quick) {
   // Two at a time: an emulated guest keeps about one of two processors busy. Longest first.
   await stage("device tests", async () => {
     // The oldest kernel has few tests, none of which depends on the runtime.
-    const jobs = runners.flatMap((ubd) => kernels.flatMap((kernel) => partsOf(kernel, ubd)))
+    const jobs = kernels.flatMap((kernel) => runners.flatMap((ubd) => partsOf(kernel, ubd)))
       .filter(({ kernel, ubd }) => kernel !== "6.1" || ubd === "binary" || options.ubd);
     const lane = async () => {
       for (let job = jobs.shift(); job; job = jobs.shift()) await deviceTests(job);
