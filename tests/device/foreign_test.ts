@@ -11,6 +11,7 @@ import {
   deviceTest,
   FULL,
   gone,
+  NO_PARTSCAN,
   NO_QUIESCE,
   type Scene,
   servers,
@@ -72,6 +73,7 @@ deviceTest("who starts such a module may end it by Ctrl-C, and by its own death"
 });
 
 deviceTest("a handler that spins does not keep ubd del, nor a signal to the server", {
+  skip: NO_PARTSCAN,
   everywhere: "deno",
   limitS: 300,
 }, async (scene) => {
@@ -104,6 +106,7 @@ deviceTest("a handler that spins does not keep ubd del, nor a signal to the serv
 });
 
 deviceTest("a refused ubd del over a slow request takes nothing from a device that stays", {
+  skip: NO_PARTSCAN,
   limitS: 200,
 }, async (scene) => {
   const file = writeModule(
@@ -164,7 +167,6 @@ deviceTest("what a module throws in a timer, or does not await, is logged; the d
 });
 
 deviceTest("an upgrade to a module that never comes back leaves the old server serving", {
-  everywhere: "deno",
   limitS: 300,
   skip: NO_QUIESCE,
 }, async (scene) => {

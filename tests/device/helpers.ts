@@ -49,6 +49,9 @@ export const KERNEL = process.env.UBD_KERNEL ?? "newest";
 /** Why a test that quiesces, upgrades or watches cannot run here; false where it can. */
 export const NO_QUIESCE = KERNEL !== "newest" && "QUIESCE_DEV needs Linux 6.16";
 
+/** The same of one that adds a device whose partitions nobody looks for. */
+export const NO_PARTSCAN = KERNEL !== "newest" && "NO_AUTO_PART_SCAN needs Linux 7.0";
+
 /** Number of repetitions, or whatever else depends on UBD_SCALE. */
 export function scaled<T>(small: T, full: T): T {
   return process.env.UBD_SCALE === "full" ? full : small;

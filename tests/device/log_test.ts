@@ -20,7 +20,6 @@ function writeModule(scene: Scene, body: string): string {
 const logOf = async (scene: Scene, id: number) => (await scene.ubd("log", `${id}`)).stdout;
 
 deviceTest("a module may print: ubd log has it, upgrade and recover go on with it", {
-  everywhere: "deno",
   skip: NO_QUIESCE,
 }, async (scene) => {
   const file = writeModule(
