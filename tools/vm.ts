@@ -127,7 +127,7 @@ export async function runInGuest(options: GuestOptions): Promise<GuestResult> {
     const args = [
       ...baseArguments(images, acceleration),
       ...["-m", `${options.memoryMiB ?? 4096}`, "-smp", `${options.cpus ?? 2}`],
-      ...["-append", kernelCommandLine(options.verbose ?? false)],
+      ...["-append", kernelCommandLine(options.verbose ?? false, acceleration)],
       ...["-chardev", `file,id=console,path=${directory}/console`, "-serial", "chardev:console"],
       ...disk(root, "snapshot=on"),
       ...disk(join(images, "modules.img"), "read-only=on"),
@@ -189,10 +189,23 @@ function guestEnvironment(options: GuestOptions, timeoutS: number): string {
     .join("");
 }
 
-function kernelCommandLine(verbose: boolean): string {
+const EMULATION = ["-accel", "tcg,thread=multi,tb-size=512"];
+
+/**
+ * A guest's clock is this machine's. Measured by a guest that boots while others keep the processors
+ * busy, it was up to 70 times too fast, and every time limit with it. Known where the processor's
+ * frequency is not varied: /proc/cpuinfo shows the clock's then.
+ */
+const hostTscKhz = existsSync("/sys/devices/system/cpu/cpu0/cpufreq")
+  ? undefined
+  : /^cpu MHz\s*:\s*(\d+)\.(\d{3})/m.exec(readFileSync("/proc/cpuinfo", "utf8"))?.slice(1)
+    .join("").replace(/^0+/, "");
+
+function kernelCommandLine(verbose: boolean, acceleration: readonly string[]): string {
   // A panic reboots at once, which `-no-reboot` turns into the end of QEMU.
   // The rest saves time, and a warning about clocks that tick unevenly under emulation.
-  const settings = "console=ttyS0 panic=-1 mitigations=off cryptomgr.notests tsc=reliable";
+  const settings = "console=ttyS0 panic=-1 mitigations=off cryptomgr.notests tsc=reliable" +
+    (acceleration === EMULATION && hostTscKhz ? ` tsc_early_khz=${hostTscKhz}` : "");
   return verbose ? settings : `${settings} quiet`;
 }
 
@@ -218,21 +231,20 @@ function share(tag: string, path: string, settings = "readonly=off"): string[] {
 /** QEMU's arguments for KVM where it works with this kernel, else for emulation. */
 async function probeAcceleration(kernel: KernelName, images: string): Promise<string[]> {
   const kvm = ["-accel", "kvm"];
-  const emulation = ["-accel", "tcg,thread=multi,tb-size=512"];
   try {
     accessSync("/dev/kvm", constants.R_OK | constants.W_OK);
   } catch {
-    return emulation;
+    return EMULATION;
   }
   // Some hosts offer a /dev/kvm on which a stock kernel never gets anywhere.
   const verdict = await cached(`acceleration-${kernel}`, `${release()} ${images}`, (path) => {
     const probe = spawnSync("qemu-system-x86_64", [
       ...baseArguments(images, kvm),
-      ...["-m", "512", "-serial", "stdio", "-append", `${kernelCommandLine(false)} ubd.probe`],
+      ...["-m", "512", "-serial", "stdio", "-append", `${kernelCommandLine(false, kvm)} ubd.probe`],
     ], { stdio: ["ignore", "pipe", "ignore"], timeout: 10_000, killSignal: "SIGKILL" });
     writeFileSync(path, probe.stdout?.includes("ubd: alive") ? "kvm" : "tcg");
   });
-  return readFileSync(verdict, "utf8") === "kvm" ? kvm : emulation;
+  return readFileSync(verdict, "utf8") === "kvm" ? kvm : EMULATION;
 }
 
 /** Runs QEMU until the guest ends it, or kills it when the guest no longer keeps time itself. */
