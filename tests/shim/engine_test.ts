@@ -187,6 +187,10 @@ test("what a volume may not plan fails its request, and nothing else", () => {
       plan.file(fd, 0, length + 512);
       return length;
     }],
+    ["a WRITE of more than it says", WRITE, (_op, _offset, length, _flags, plan) => {
+      plan.file(fd, 0, length + 512);
+      return length;
+    }],
     ["pieces of more than it says", READ, (_op, _offset, length, _flags, plan) => {
       plan.file(fd, 0, length);
       plan.file(fd, 0, 512);
@@ -231,8 +235,11 @@ test("what a volume may not plan fails its request, and nothing else", () => {
       },
     };
     const requests = [{ op, sectors: 3 }, { op: READ, sectors: 3 }];
-    assert.deepStrictEqual(results(volume, requests, logs), [-EIO, 3 * 512], what);
+    // Another tag's pieces come after those of the first.
+    const { answers } = serveVolume(volume, requests, { logs, depth: 2 });
+    assert.deepStrictEqual(answers.map(({ result }) => result), [-EIO, 3 * 512], what);
     assert.strictEqual(logs.length, 1, what);
+    if (what === "too many") assert.match(logs[0]!, /more pieces than 2/);
     assert.ok(readFileSync(path).every((byte) => byte === 7), what);
   }
   shim.native.ubd_close(fd);
