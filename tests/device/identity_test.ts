@@ -20,7 +20,6 @@ async function replaced(scene: Scene, ...flags: string[]) {
 }
 
 deviceTest("an image replaced by rename: upgrade and resize stay with the one that is served", {
-  everywhere: "deno",
   skip: NO_QUIESCE,
 }, async (scene) => {
   const { device, point, check } = await replaced(scene);
@@ -137,6 +136,7 @@ deviceTest("the disk under an image cannot be unmounted while it is served; othe
 });
 
 deviceTest("an image by descriptor: standard input, and one of the shell's", {
+  anyKernel: true,
   everywhere: "deno",
 }, async (scene) => {
   const image = scene.image("disk.img", 8 << 20);

@@ -155,16 +155,20 @@ console.log(device.path);
 await device.closed.catch((error) => console.log(\`closed: \${error.message}\`));
 `;
 
-deviceTest("a program whose queue fails has its device deleted", {}, async (scene) => {
-  const job = scene.start([...RUNTIMES.bun, moduleFile(scene, "fails.ts", FAILS)]);
-  const [path] = await told(job, 1);
-  const read = `if=${path} of=/dev/null bs=4k count=1 skip=131072 iflag=direct`;
-  assert.equal((await scene.run(["dd", ...read.split(" ")])).code, 1);
-  const { code, stdout, stderr } = await job.ended;
-  assert.equal(code, 0, stderr);
-  assert.match(stdout, /^closed: planted$/m);
-  assert.match(stderr, /is no longer served: planted/);
-});
+deviceTest(
+  "a program whose queue fails has its device deleted",
+  { anyKernel: true },
+  async (scene) => {
+    const job = scene.start([...RUNTIMES.bun, moduleFile(scene, "fails.ts", FAILS)]);
+    const [path] = await told(job, 1);
+    const read = `if=${path} of=/dev/null bs=4k count=1 skip=131072 iflag=direct`;
+    assert.equal((await scene.run(["dd", ...read.split(" ")])).code, 1);
+    const { code, stdout, stderr } = await job.ended;
+    assert.equal(code, 0, stderr);
+    assert.match(stdout, /^closed: planted$/m);
+    assert.match(stderr, /is no longer served: planted/);
+  },
+);
 
 /** What a read does in each block of 64 KiB from the device's middle on, and what dd is told. */
 const MISDEEDS = [
@@ -242,7 +246,7 @@ export default { size: 1024 ** 2, read() { process.exit(3); } };`;
 // 6.12 reads the partition table while START_DEV holds the device's lock; 7.2 reads it later.
 deviceTest(
   "a handler that calls process.exit at the first read holds nothing up",
-  {},
+  { anyKernel: true },
   async (scene) => {
     const { code, stderr } = await scene.ubd("add", moduleFile(scene, "exits.ts", EXITS_AT_ONCE));
     if (code !== 0) {

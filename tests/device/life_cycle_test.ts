@@ -18,7 +18,7 @@ const DUMP = new RegExp(
 
 deviceTest(
   "a device is told in ublk's format, as JSON and in words",
-  { everywhere: "deno" },
+  {},
   async (scene) => {
     const version = JSON.parse((await scene.ubd("version", "--json")).stdout);
     console.log(`ubd ${version.version}, ${version.runtime}, Linux ${version.kernel}, ${RUNNER}`);

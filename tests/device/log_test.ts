@@ -73,6 +73,7 @@ deviceTest("a module may print: ubd log has it, upgrade and recover go on with i
 });
 
 deviceTest("a module that prints and then cannot be served says so to the caller", {
+  anyKernel: true,
   everywhere: "deno",
 }, async (scene) => {
   const file = writeModule(scene, `${LIE}\nthrow new Error("no such backend");`);
@@ -86,7 +87,7 @@ deviceTest("a module that prints and then cannot be served says so to the caller
 
 deviceTest(
   "a chatty module fills no file system, and a run's output is the command's alone",
-  {},
+  { anyKernel: true },
   async (scene) => {
     const file = writeModule(
       scene,
