@@ -403,8 +403,9 @@ function checkDevice(device: BlockDevice): void {
   if (wrong !== undefined) {
     throw new UsageError(`A device has no "${wrong}": did you mean "${right}"?`);
   }
-  for (const name of ["read", "write", "flush", "discard", "writeZeroes", "close"] as const) {
-    const value: unknown = device?.[name];
+  for (const [name, type] of Object.entries(MEMBERS)) {
+    if (type !== "function") continue;
+    const value: unknown = device?.[name as keyof BlockDevice];
     if (typeof value === "function" || (value === undefined && name !== "read")) continue;
     throw new UsageError(`A target's ${name} must be a function, not ${typeof value}`);
   }

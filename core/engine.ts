@@ -114,6 +114,8 @@ export class Engine implements RequestHandler {
       const bytes = queue.bytes(tag);
       if (result === bytes) return queue.commit(tag, result);
       this.divide(tag);
+      this.phase[tag] = PIECES;
+      this.piece[tag] = this.plan.first(tag);
       this.covered[tag] = bytes;
       this.end[tag] = this.piece[tag]! + 1;
     }
@@ -134,11 +136,9 @@ export class Engine implements RequestHandler {
 
   /** The request takes more than one operation, or none that moves data. */
   private divide(tag: number): void {
-    this.phase[tag] = PIECES;
     this.retries[tag] = 0;
     this.done[tag] = 0;
     this.part[tag] = 0;
-    this.piece[tag] = this.plan.first(tag);
   }
 
   /** Begins with what the volume has planned for what is left of the request. */

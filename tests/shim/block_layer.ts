@@ -100,13 +100,7 @@ export class BlockLayer extends Shim {
     if (this.answers.filter(Boolean).length === this.#requests.length) {
       this.native.ubd_wake(this.#wakeFd);
     }
-    // Never blocks, so that a lost commit is a failed test and not one that hangs.
-    const deadline = performance.now() + 20_000;
-    let events = step(handle, count, 0);
-    while (events === -ERRNO.EAGAIN || (wait && events === 0)) {
-      if (performance.now() > deadline) throw new Error("the queue waits for nothing");
-      events = step(handle, 0, 0);
-    }
+    const events = stepUnblocked(step, handle, count, wait);
     for (let index = 0; index < events; index++) {
       const event = new Int32Array(this.#memory.events, index * 4 * EVENT_WORDS, 2);
       if (event[0]! >>> TAG_BITS === EVENT_FILE) event[1] = this.onResult(event[1]!);
@@ -147,6 +141,22 @@ export interface ServeOptions {
   onResult?: (result: number) => number;
   logs?: string[];
   gaps?: Gaps | undefined;
+}
+
+/** A step that never blocks, so that a lost commit is a failed test and not one that hangs. */
+export function stepUnblocked(
+  step: Shim["native"]["ubd_step"],
+  handle: number,
+  count: number,
+  wait: number,
+): number {
+  const deadline = performance.now() + 20_000;
+  let events = step(handle, count, 0);
+  while (events === -ERRNO.EAGAIN || (wait && events === 0)) {
+    if (performance.now() > deadline) throw new Error("the queue waits for nothing");
+    events = step(handle, 0, 0);
+  }
+  return events;
 }
 
 /** Has `requests` served by the engine with this volume. */

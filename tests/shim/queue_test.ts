@@ -44,6 +44,7 @@ import {
   TAG_BITS,
   type ZeroCopyConfig,
 } from "../../ffi/mod.ts";
+import { stepUnblocked } from "./block_layer.ts";
 
 const { EIO, EAGAIN, ENOSPC, EINVAL, ENODEV, ENOMEM } = ERRNO;
 
@@ -74,13 +75,7 @@ class SpyShim extends Shim {
       const [head, value] = [words[at]!, words[at + 1]!];
       this.commands.push([head >>> TAG_BITS, head & 0xffff, value]);
     }
-    // Never blocks, so that a lost commit is a failed test and not one that hangs.
-    const deadline = performance.now() + 20_000;
-    let events = step(handle, count, 0);
-    while (events === -EAGAIN || (wait && events === 0)) {
-      if (performance.now() > deadline) throw new Error("the queue waits for nothing");
-      events = step(handle, 0, 0);
-    }
+    const events = stepUnblocked(step, handle, count, wait);
     if (++this.#turns > 100_000) throw new Error("the queue does not end");
     const eventWords = new Int32Array(this.memory.events, 0, events * EVENT_WORDS);
     for (let at = 0; at < eventWords.length; at += EVENT_WORDS) {
