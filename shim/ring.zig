@@ -381,11 +381,11 @@ inline fn enter(queue: *Queue, wait: u32) i32 {
     return 0;
 }
 
-/// The kernel runs 20 items at a time, and rings the eventfd no more for what is left; nor for an
-/// item that somebody was about to add while the one before it was run (7.2): that one cannot be run
-/// yet. Not until the flag is gone. Whoever adds an item sets it last, when the item may have been run
-/// already, and then the kernel does not clear it before the next one: so that is done here. What is
-/// there all the same, the kernel finds without it, and sets it again if something is left.
+/// The kernel runs 20 items at a time, and rings the eventfd neither for what is left, nor for an item
+/// that somebody was about to add while the one before it was run (7.2): so this goes on until the
+/// flag is gone. Whoever adds an item sets the flag last. By then the item may have been run, and the
+/// kernel does not clear the flag before the next one comes: so it is cleared here. The kernel finds
+/// what is there without it, and sets it again if something is left.
 noinline fn runRest(queue: *Queue) void {
     const ring = &queue.ring;
     var enters = queue.capacity / task_work_batch + 2;
